@@ -1,0 +1,272 @@
+"""One view of every place where files can be: `store_of(path)` for a local disk, S3, or any other Beam filesystem.
+
+Beam's FileSystems has no way to drop a half-written file, follows no order between two files, and skips local files
+that it cannot read; the stores here do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
+from apache_beam.io.filesystems import FileSystems
+
+from beam_envelope.formats.keyfile import TEMPORARY_PREFIX, key_file_name
+from beam_envelope.formats.output import Buffer, LocalOutput, Output, check_key_file
+from beam_envelope.io.s3 import S3Store
+
+_GLOB: Final = re.compile(r"[*?\[]")
+_BINARY: Final = "application/octet-stream"
+
+
+class Store(Protocol):
+    """What every store can do. Paths are whole paths, `s3://bucket/key` and the like included."""
+
+    def match(self, pattern: str) -> Iterable[FileMetadata]:
+        """Return the files that match a glob (`*` within a folder, `**` across folders). Raises OSError."""
+
+    def size(self, path: str) -> int | None:
+        """Return a file's size in bytes, or None where there is no file. Raises OSError."""
+
+    def is_folder(self, path: str) -> bool:
+        """Whether the path is a folder, where the store has folders."""
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading: seekable, with `readinto`. Raises OSError."""
+
+    def create(self, path: str, *, overwrite: bool, size_hint: int) -> Output:
+        """Start a file of about `size_hint` bytes. Raises FileExistsError, OSError."""
+
+
+def store_of(path: str) -> Store:
+    """Return the store that a path is in."""
+    scheme = FileSystems.get_scheme(path)
+    if scheme is None:
+        return LocalStore()
+    return S3Store() if scheme == "s3" else BeamStore()
+
+
+def has_glob(pattern: str) -> bool:
+    """Whether a path has any of the characters of a glob."""
+    return _GLOB.search(pattern) is not None
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Split a path into its folder, with the separator at the end, and its name."""
+    folder, separator, name = path.rpartition("/")
+    return folder + separator, name
+
+
+def fixed_folder(pattern: str) -> str:
+    """Return the folder that all matches of a glob are below: its part before the first glob character."""
+    found = _GLOB.search(pattern)
+    return split_path(pattern[: found.start()] if found else pattern)[0]
+
+
+def key_file_path(path: str) -> str:
+    """Return the path of the key file of a shard."""
+    folder, name = split_path(path)
+    return folder + key_file_name(name)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a glob would find a path."""
+    return re.match(FileSystem.translate_pattern(pattern), path) is not None
+
+
+def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
+    """Find the files that a user names: a glob, a file, or a folder, which stands for all that is below it.
+
+    Returns:
+        The glob that was used, and the files in order of their paths.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+        OSError: a folder cannot be listed or a file cannot be read.
+    """
+    store = store_of(pattern)
+    size = None if pattern.endswith("/") else store.size(pattern)
+    if size is not None:  # also a name that holds a glob's characters
+        return pattern, [FileMetadata(pattern, size)]
+    if pattern.endswith("/") or store.is_folder(pattern):
+        pattern = pattern.rstrip("/") + "/**"
+    found = sorted(store.match(pattern), key=lambda metadata: metadata.path) if has_glob(pattern) else []
+    if not found:
+        msg = "no file matches; quote a pattern so that the shell leaves it alone, and use ** to look into sub-folders"
+        raise FileNotFoundError(errno.ENOENT, msg, pattern)
+    return pattern, found
+
+
+def read_small(path: str, limit: int) -> bytes:
+    """Read at most `limit` bytes from the start of a file. Raises OSError."""
+    with store_of(path).open(path) as stream:
+        return stream.read(limit)
+
+
+class LocalStore:
+    """Files on a local disk. Links to files are followed, links to folders are not."""
+
+    def match(self, pattern: str) -> Iterator[FileMetadata]:
+        """Yield the matching files; unlike Beam, raise for a folder or a link that cannot be read."""
+        root = fixed_folder(pattern)
+        rest = pattern[len(root) :]
+        # Only ** reaches into deeper folders, but Beam's ? and [...] match a slash as well.
+        depth = None if re.search(r"\*\*|[?\[]", rest) else rest.count("/")
+        compiled = re.compile(FileSystem.translate_pattern(pattern))
+        for folder, folders, names in os.walk(root or ".", onerror=_raise):
+            prefix = "" if not root and folder == "." else os.path.join(folder, "")  # noqa: PTH118  # keeps the text of the pattern
+            prefix = prefix.removeprefix("./") if not root else prefix
+            if depth is not None and prefix[len(root) :].count("/") >= depth:
+                folders.clear()
+            for name in names:
+                path = prefix + name
+                if compiled.match(path):
+                    yield FileMetadata(path, self._regular_size(path))
+
+    def size(self, path: str) -> int | None:
+        """Return the size, or None where there is no file, or a folder."""
+        try:
+            return None if Path(path).is_dir() else self._regular_size(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def is_folder(self, path: str) -> bool:
+        """Whether it is a folder."""
+        return Path(path).is_dir()
+
+    def open(self, path: str) -> BinaryIO:
+        """Open without a buffer: callers read whole blocks."""
+        return Path(path).open("rb", buffering=0)  # type: ignore[return-value]  # FileIO is a BinaryIO
+
+    def create(self, path: str, *, overwrite: bool, size_hint: int) -> LocalOutput:
+        """Start a file under a temporary name."""
+        del size_hint
+        return LocalOutput(path, overwrite=overwrite)
+
+    @staticmethod
+    def _regular_size(path: str) -> int:
+        try:
+            status = Path(path).stat()
+        except FileNotFoundError:
+            if Path(path).is_symlink():
+                raise OSError(errno.ENOLINK, "the link points to nothing; mend it or leave it out", path) from None
+            raise
+        if not Path(path).is_file():
+            raise OSError(errno.EINVAL, "not a regular file (a pipe, socket or device); leave it out", path)
+        return status.st_size
+
+
+class BeamStore:
+    """Files of any other Beam filesystem (`gs://`, `hdfs://`, ...): written under a temporary name, then renamed."""
+
+    def match(self, pattern: str) -> Iterable[FileMetadata]:
+        """Return what Beam finds."""
+        with _as_os_errors(pattern):
+            return list(FileSystems.match([pattern])[0].metadata_list)
+
+    def size(self, path: str) -> int | None:
+        """Return what Beam says."""
+        with _as_os_errors(path):
+            filesystem = FileSystems.get_filesystem(path)
+            return int(filesystem.size(path)) if filesystem.exists(path) else None
+
+    def is_folder(self, path: str) -> bool:
+        """Return False: a folder is named by a slash at the end."""
+        del path
+        return False
+
+    def open(self, path: str) -> BinaryIO:
+        """Open the bytes as they are: Beam would unpack a name that ends in .gz."""
+        with _as_os_errors(path):
+            stream: BinaryIO = FileSystems.open(path, _BINARY, CompressionTypes.UNCOMPRESSED)
+            return stream
+
+    def create(self, path: str, *, overwrite: bool, size_hint: int) -> BeamOutput:
+        """Start a file under a temporary name."""
+        del size_hint
+        return BeamOutput(path, overwrite=overwrite)
+
+
+class BeamOutput:
+    """A file of any Beam filesystem. See `formats.output.Output`."""
+
+    def __init__(self, path: str, *, overwrite: bool) -> None:
+        """Create the temporary file."""
+        self.name = path
+        self._overwrite = overwrite
+        self._key_file: bytes | None = None
+        self._refuse_existing()
+        self._temporary = split_path(path)[0] + TEMPORARY_PREFIX + uuid.uuid4().hex
+        with _as_os_errors(path):
+            self._stream: io.BufferedIOBase | None = FileSystems.create(
+                self._temporary, _BINARY, CompressionTypes.UNCOMPRESSED
+            )
+
+    def begin(self, key_file: bytes) -> None:
+        """Keep the key file for `commit`."""
+        self._key_file = key_file
+
+    def write(self, data: Buffer) -> None:
+        """Pass `data` on."""
+        with _as_os_errors(self.name):
+            self._stream.write(data)  # type: ignore[union-attr]  # only after commit or abort is it None
+
+    def commit(self) -> None:
+        """Close, write the key file, rename."""
+        stream, self._stream = self._stream, None
+        with _as_os_errors(self.name):
+            stream.close()  # type: ignore[union-attr]  # commit is called once
+            self._refuse_existing()
+            if self._overwrite and BeamStore().size(self.name) is not None:
+                FileSystems.delete([self.name])
+            if self._key_file is not None:
+                self._write_key_file(self._key_file)
+            FileSystems.rename([self._temporary], [self.name])
+            if BeamStore().size(self.name) is None:
+                raise OSError(errno.EIO, "the file is not there after it was renamed", self.name)
+            if self._key_file is not None:
+                found = read_small(key_file_path(self.name), len(self._key_file) + 1)
+                check_key_file(found, self._key_file, self.name)
+
+    def abort(self) -> None:
+        """Remove the temporary file; what it holds is no whole shard and has no key file."""
+        stream, self._stream = self._stream, None
+        with contextlib.suppress(Exception):
+            if stream is not None:
+                stream.close()
+        with contextlib.suppress(Exception):
+            FileSystems.delete([self._temporary])
+
+    def _write_key_file(self, data: bytes) -> None:
+        target = key_file_path(self.name)
+        temporary = split_path(self.name)[0] + TEMPORARY_PREFIX + uuid.uuid4().hex
+        with FileSystems.create(temporary, "application/json", CompressionTypes.UNCOMPRESSED) as stream:
+            stream.write(data)
+        if BeamStore().size(target) is not None:
+            FileSystems.delete([target])
+        FileSystems.rename([temporary], [target])
+
+    def _refuse_existing(self) -> None:
+        if not self._overwrite and BeamStore().size(self.name) is not None:
+            raise FileExistsError(errno.EEXIST, "the output exists; choose to skip or overwrite it", self.name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def _as_os_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BeamIOError as error:
+        details = "; ".join(str(cause) for cause in (error.exception_details or {}).values()) or str(error)
+        raise OSError(errno.EIO, details, path) from error

@@ -1,0 +1,305 @@
+"""AwsKms: a symmetric AWS KMS key, through boto3."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final
+from urllib.parse import parse_qsl, urlencode
+
+import boto3
+from botocore import exceptions as boto_errors
+from botocore.config import Config
+
+from beam_envelope.errors import (
+    EnvelopeError,
+    FormatError,
+    KeyAccessError,
+    KmsUnavailableError,
+    TamperedError,
+    WrongKeyError,
+)
+from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, WrappedKey, kms_calls
+
+_ARN: Final = re.compile(r"arn:(?P<partition>[\w-]+):kms:(?P<region>[\w-]+):(?P<account>\d+):(?P<resource>.+)")
+_SETTINGS: Final = ("region", "profile", "endpoint_url")
+_PERMISSION: Final = {
+    "GenerateDataKey": "kms:GenerateDataKey",
+    "Encrypt": "kms:Encrypt",
+    "Decrypt": "kms:Decrypt",
+    "ReEncrypt": "kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one",
+}
+
+
+@dataclass(frozen=True)
+class AwsKms(KeyProvider):
+    """An AWS KMS key.
+
+    Args:
+        key_id: `alias/NAME`, a key id, a key ARN or an alias ARN.
+        region: where the key is. Default: the ARN's region, or the usual AWS settings.
+        profile: a profile of the AWS configuration. Default: the usual credentials chain.
+        endpoint_url: another endpoint, such as a VPC endpoint. Default: the usual AWS settings
+            (`AWS_ENDPOINT_URL_KMS`, `AWS_ENDPOINT_URL`).
+
+    Permissions on the key: `kms:GenerateDataKey` to write, `kms:Decrypt` to read, `kms:Encrypt` for every key after the
+    first when writing under several, `kms:ReEncryptFrom` and `kms:ReEncryptTo` to rotate.
+    """
+
+    key_id: str
+    region: str | None = None
+    profile: str | None = None
+    endpoint_url: str | None = None
+
+    provider: ClassVar[str] = "aws-kms"
+
+    def __post_init__(self) -> None:
+        """Take the region from an ARN."""
+        arn = _ARN.fullmatch(self.key_id)
+        if self.key_id.startswith("arn:") and arn is None:
+            msg = f"{self.key_id!r} is not the ARN of a KMS key; one looks like arn:aws:kms:REGION:ACCOUNT:key/ID"
+            raise FormatError(msg)
+        if arn is not None and self.region is None:
+            object.__setattr__(self, "region", arn["region"])
+
+    @classmethod
+    def from_uri(cls, uri: str) -> AwsKms:
+        """Parse `aws-kms://KEY_ID` or `aws-kms://KEY_ID?region=...&profile=...&endpoint_url=...`."""
+        key_id, _, query = uri.removeprefix(f"{cls.provider}://").partition("?")
+        settings = dict(parse_qsl(query))
+        if not key_id or not settings.keys() <= set(_SETTINGS):
+            msg = f"{uri!r} is not of the form aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...]"
+            raise FormatError(msg)
+        return replace(cls(key_id), **settings)
+
+    def generate_data_key(self, context: Mapping[str, str]) -> DataKey:
+        """Call GenerateDataKey for 32 bytes. Raises KeyAccessError, KmsUnavailableError."""
+        answer = self._call(
+            "GenerateDataKey", KeyId=self.key_id, NumberOfBytes=DATA_KEY_BYTES, EncryptionContext=dict(context)
+        )
+        wrapped = WrappedKey(self.provider, answer["KeyId"], answer["CiphertextBlob"])
+        return DataKey(answer["Plaintext"], [wrapped])
+
+    def wrap(self, data_key: DataKey, context: Mapping[str, str]) -> WrappedKey:
+        """Call Encrypt with the data key. Raises KeyAccessError, KmsUnavailableError."""
+        answer = self._call(
+            "Encrypt", KeyId=self.key_id, Plaintext=bytes(data_key.material), EncryptionContext=dict(context)
+        )
+        return WrappedKey(self.provider, answer["KeyId"], answer["CiphertextBlob"])
+
+    def unwrap(self, wrapped: WrappedKey, context: Mapping[str, str]) -> DataKey:
+        """Call Decrypt with this key's id pinned, and check the key id that comes back.
+
+        Raises:
+            WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError.
+        """
+        if not self.may_open(wrapped):
+            msg = f"the data key was wrapped by {wrapped.kms_key}, which is not {self.key_id}. Give that key with --key"
+            raise WrongKeyError(msg)
+        answer = self._call(
+            "Decrypt", KeyId=self.key_id, CiphertextBlob=wrapped.wrapped, EncryptionContext=dict(context)
+        )
+        if answer["KeyId"] != wrapped.kms_key:
+            msg = (
+                f"the key file names {wrapped.kms_key}, but KMS decrypted its data key with {answer['KeyId']}: "
+                "the key file was changed. Restore it from a copy"
+            )
+            raise TamperedError(msg)
+        return DataKey(answer["Plaintext"], [wrapped])
+
+    def rewrap(self, wrapped: WrappedKey, context: Mapping[str, str], to: KeyProvider) -> WrappedKey:
+        """Call ReEncrypt, so that the data key never leaves KMS; to another region or provider, decrypt and wrap.
+
+        Raises:
+            WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError.
+        """
+        if not isinstance(to, AwsKms) or self._reach() != to._reach():  # noqa: SLF001  # the same class
+            with self.unwrap(wrapped, context) as data_key:
+                return to.wrap(data_key, context)
+        if not self.may_open(wrapped):
+            msg = f"the data key was wrapped by {wrapped.kms_key}, which is not {self.key_id}. Give that key with --from"
+            raise WrongKeyError(msg)
+        answer = self._call(
+            "ReEncrypt",
+            CiphertextBlob=wrapped.wrapped,
+            SourceKeyId=self.key_id,
+            SourceEncryptionContext=dict(context),
+            DestinationKeyId=to.key_id,
+            DestinationEncryptionContext=dict(context),
+        )
+        if answer["SourceKeyId"] != wrapped.kms_key:
+            msg = (
+                f"the key file names {wrapped.kms_key}, but KMS re-encrypted from {answer['SourceKeyId']}: "
+                "the key file was changed. Restore it from a copy"
+            )
+            raise TamperedError(msg)
+        return WrappedKey(self.provider, answer["KeyId"], answer["CiphertextBlob"])
+
+    def may_open(self, wrapped: WrappedKey) -> bool:
+        """Compare what can be compared without a call: the whole ARN, or the key id, account and region in it.
+
+        An alias may point anywhere, so it may open any key of its region; KMS itself then refuses the wrong one.
+        """
+        theirs = _ARN.fullmatch(wrapped.kms_key)
+        if wrapped.provider != self.provider or theirs is None or self.region not in {None, theirs["region"]}:
+            return False
+        ours = _ARN.fullmatch(self.key_id)
+        if ours is not None and ours["account"] != theirs["account"]:
+            return False
+        name = ours["resource"] if ours is not None else self.key_id
+        return name.startswith("alias/") or name.removeprefix("key/") == theirs["resource"].removeprefix("key/")
+
+    def __str__(self) -> str:
+        """Return the URI."""
+        arn = _ARN.fullmatch(self.key_id)
+        settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
+        if arn is not None and settings.get("region") == arn["region"]:
+            del settings["region"]
+        return f"{self.provider}://{self.key_id}" + (f"?{urlencode(settings, safe=':/')}" if settings else "")
+
+    def _reach(self) -> tuple[str | None, ...]:
+        """Return what decides which KMS service, with which credentials, a request goes to."""
+        return (self.region, self.profile, self.endpoint_url)
+
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  # as boto3 has it
+        kms_calls.counts[operation] += 1
+        try:
+            client = _client(self.region, self.profile, self.endpoint_url)
+            method = getattr(client, _METHOD[operation])
+            with _wire_log_off():
+                answer: dict[str, Any] = method(**arguments)
+        except boto_errors.ClientError as error:
+            raise self._refused(operation, error) from None
+        except boto_errors.BotoCoreError as error:
+            raise self._not_reached(operation, error) from None
+        return answer
+
+    def _refused(self, operation: str, error: boto_errors.ClientError) -> EnvelopeError:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        said = f"AWS says {code}: {error.response.get('Error', {}).get('Message') or 'no more'}"
+        if code in {"AccessDeniedException", "AccessDenied"}:
+            return KeyAccessError(
+                f"not allowed to use KMS key {self.key_id}: the caller needs {_PERMISSION[operation]} on it, in its IAM "
+                f"policy and in the key's policy. {said}"
+            )
+        if code == "NotFoundException":
+            return KeyAccessError(
+                f"there is no KMS key {self.key_id} in region {self.region or 'of the AWS settings'}. Check the name and "
+                f"the region (aws-kms://...?region=...). {said}"
+            )
+        if code in {"DisabledException", "KMSInvalidStateException"}:
+            return KeyAccessError(
+                f"KMS key {self.key_id} is disabled or pending deletion: nothing it wrapped opens until it is enabled "
+                f"again (aws kms enable-key, or cancel-key-deletion first). {said}"
+            )
+        if code == "IncorrectKeyException":
+            return WrongKeyError(
+                f"KMS key {self.key_id} did not wrap this data key. Give the key that the key file names. {said}"
+            )
+        if code == "InvalidCiphertextException":
+            return TamperedError(
+                f"KMS key {self.key_id} does not open the wrapped data key: the key file or its encryption context was "
+                f"changed after it was written. Restore the key file from a copy. {said}"
+            )
+        if code == "InvalidKeyUsageException":
+            return KeyAccessError(
+                f"KMS key {self.key_id} is no symmetric encryption key (SYMMETRIC_DEFAULT). Name one that is. {said}"
+            )
+        if code == "ValidationException":
+            return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {said}")
+        if status >= _SERVER_ERROR or "Throttl" in code or code == "LimitExceededException":
+            return KmsUnavailableError(
+                f"KMS did not serve {operation} on {self.key_id} after all retries; run the job again, or ask AWS for a "
+                f"higher KMS request quota. {said}"
+            )
+        return KeyAccessError(f"KMS refused {operation} on {self.key_id}; check the AWS credentials. {said}")
+
+    def _not_reached(self, operation: str, error: boto_errors.BotoCoreError) -> EnvelopeError:
+        if isinstance(error, boto_errors.NoRegionError):
+            return KeyAccessError(
+                f"no AWS region is set for KMS key {self.key_id}. Set AWS_REGION, or write {self}?region=REGION"
+            )
+        if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
+            return KmsUnavailableError(
+                f"KMS could not be reached for {operation} on {self.key_id}: {error}. Check the network and the endpoint"
+            )
+        if isinstance(error, boto_errors.ParamValidationError):
+            return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {error}")
+        return KeyAccessError(
+            f"no usable AWS credentials for {operation} on {self.key_id}: {error}. Set a profile, a role or the "
+            "environment (aws configure; aws sts get-caller-identity shows who you are)"
+        )
+
+
+_METHOD: Final = {
+    "GenerateDataKey": "generate_data_key",
+    "Encrypt": "encrypt",
+    "Decrypt": "decrypt",
+    "ReEncrypt": "re_encrypt",
+}
+_SERVER_ERROR: Final = 500
+
+# One client per configuration and process: a boto3 Session costs 100 to 280 ms, and clients are thread-safe.
+_lock = threading.Lock()
+_clients: dict[tuple[str | None, ...], Any] = {}
+
+
+def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # noqa: ANN401  # boto3 clients have no static type
+    key = (region, profile, endpoint_url)
+    with _lock:
+        if key not in _clients:
+            session = boto3.Session(profile_name=profile, region_name=region)
+            _clients[key] = session.client(
+                "kms",
+                endpoint_url=endpoint_url,
+                config=Config(
+                    connect_timeout=5,
+                    read_timeout=10,
+                    max_pool_connections=32,
+                    # Retries throttling and 5xx, with a client-side rate limit; never access or key errors.
+                    retries={"mode": "adaptive", "total_max_attempts": 8},
+                    user_agent_extra="beam-envelope",
+                ),
+            )
+        return _clients[key]
+
+
+def clear_clients() -> None:
+    """Forget all clients, so that changed AWS settings are read anew."""
+    global _lock  # noqa: PLW0603  # a lock held by another thread at fork stays locked in the child
+    _lock = threading.Lock()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=clear_clients)
+
+
+class _WireLogFilter(logging.Filter):
+    """Drops records while a KMS call of this thread runs: at DEBUG, botocore logs bodies, which hold plaintext keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = threading.local()
+
+    def filter(self, _record: logging.LogRecord) -> bool:
+        return not getattr(self.state, "off", False)
+
+
+_filter: Final = _WireLogFilter()
+for _name in ("botocore.parsers", "botocore.endpoint", "botocore.httpsession", "botocore.hooks", "botocore.auth"):
+    logging.getLogger(_name).addFilter(_filter)
+
+
+@contextmanager
+def _wire_log_off() -> Iterator[None]:
+    _filter.state.off = True
+    try:
+        yield
+    finally:
+        _filter.state.off = False

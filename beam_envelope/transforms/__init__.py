@@ -1,0 +1,1 @@
+"""PTransforms and DoFns: thin shells around the functions of formats and io."""

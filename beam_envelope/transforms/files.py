@@ -1,0 +1,444 @@
+"""EncryptFiles and DecryptFiles: whole files, any format, byte for byte, on any Beam filesystem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Final
+
+import apache_beam as beam
+from apache_beam import typehints
+from apache_beam.io.filesystem import FileMetadata
+
+from beam_envelope.errors import (
+    AlreadyEncryptedError,
+    ContextMismatchError,
+    FormatError,
+    KeyFileMissingError,
+    NotEncryptedError,
+    TamperedError,
+    TruncatedError,
+    WrongKeyError,
+)
+from beam_envelope.formats.keyfile import COMPRESSIONS, MAX_KEY_FILE_BYTES, KeyFile
+from beam_envelope.formats.output import Output
+from beam_envelope.formats.shard import (
+    HEADER_BYTES,
+    ShardWriter,
+    missing_key_file,
+    open_sealed,
+    plaintext_size,
+    shard_size,
+)
+from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
+from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.provider import KeyProvider
+from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.transforms.lines import blocks, line_bounds, parse_size, read_header
+from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.plan import (
+    DecryptedFile,
+    DecryptPlan,
+    EncryptedFile,
+    EncryptPlan,
+    FailedFile,
+    IfExists,
+    Task,
+    as_folder,
+    checked_if_exists,
+    unique_task,
+)
+
+_BLOCK_BYTES: Final = 1 << 20
+
+# What concerns one file goes to an error handler, where there is one. Errors of the KMS never do: they fail the bundle,
+# so that the runner tries it again.
+_DEAD_LETTERS: Final = (
+    AlreadyEncryptedError,
+    ContextMismatchError,
+    FormatError,
+    KeyFileMissingError,
+    NotEncryptedError,
+    TamperedError,
+    TruncatedError,
+    WrongKeyError,
+    FileNotFoundError,
+    PermissionError,
+)
+
+
+@typehints.with_input_types(str | FileMetadata)
+class _FilesTransform(beam.PTransform):
+    """What the two transforms share: plan, group by target, do."""
+
+    def __init__(self, plan: EncryptPlan | DecryptPlan, work: _FileDoFn) -> None:
+        super().__init__()
+        self._plan = plan
+        self._work = work
+        self._handler: Any = None
+
+    def with_error_handler(self, handler: Any) -> _FilesTransform:  # noqa: ANN401  # Beam's ErrorHandler, or None
+        """Send what concerns single files to a Beam error handler, as `FailedFile`s; errors of the KMS still fail."""
+        self._handler = handler
+        return self
+
+    def __ror__(self, left: Any, label: str | None = None) -> Any:  # noqa: ANN401  # as PTransform has it
+        """Let `"sources/*" | EncryptFiles(...)` mean a PCollection of that one pattern."""
+        return super().__ror__([left] if isinstance(left, str) else left, label)
+
+    def expand(self, sources: beam.PCollection) -> beam.PCollection:
+        """Return the PCollection of results."""
+        catch = self._handler is not None
+        plan = beam.ParDo(_PlanDoFn(self._plan, catch=catch)).with_outputs("failed", main="main")
+        work = beam.ParDo(self._work.catching(catch=catch)).with_outputs("failed", main="main")
+        # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
+        planned = sources | "Plan" >> plan
+        done = planned.main | "Group" >> beam.GroupByKey() | self._work.label >> work
+        if catch:
+            self._handler.add_error_pcollection((planned.failed, done.failed) | "Failed" >> beam.Flatten())
+        return done.main
+
+    def display_data(self) -> dict[str, Any]:
+        """Describe the settings; the context's values are not shown."""
+        return {"output": self._plan.output, "if_exists": self._plan.if_exists, **self._work.settings()}
+
+
+class EncryptFiles(_FilesTransform):
+    """Encrypts files: each becomes a shard of the same name below `output`, with a key file beside it.
+
+    Input: file patterns, paths, folders or Beam's `FileMetadata`. Paths are kept relative to the fixed part of their
+    pattern. Output: an `EncryptedFile` for each shard.
+
+    Args:
+        output: the folder, on any Beam filesystem.
+        key: the KMS key, as URI or provider, or several: any one of them opens the shards.
+        context: the encryption context, which a reader has to give again. Nothing secret.
+        split_lines: cut line-delimited files into parts of about this size ("256MiB"), encrypted in parallel. Each part
+            ends at a line's end; put together, the parts are the file.
+        header_lines: with `split_lines`: repeat so many first lines in each part.
+        compression: `none` or `zstd`, before encryption.
+        if_exists: what to do when a shard exists: "error", "skip" it if it is whole, or "overwrite" it.
+        policy: when to ask the KMS for a new data key.
+        relative_to: keep paths relative to this folder instead.
+
+    Raises:
+        ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `EncryptPlan` and
+        `keys.provider.KeyProvider`.
+
+    Example:
+        >>> with beam.Pipeline() as p:
+        ...     p | beam.Create(["data/*.csv"]) | EncryptFiles("sealed/", key="aws-kms://alias/etl")
+    """
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        key: Key | Sequence[Key],
+        context: Mapping[str, str] | None = None,
+        split_lines: int | str | None = None,
+        header_lines: int = 0,
+        compression: str = "none",
+        if_exists: IfExists = "error",
+        policy: DataKeyPolicy | None = None,
+        relative_to: str | None = None,
+    ) -> None:
+        """Check the arguments; nothing is called yet."""
+        if header_lines < 0 or (header_lines and split_lines is None):
+            msg = "header_lines is a number of lines that split_lines repeats in each part; give split_lines as well"
+            raise ValueError(msg)
+        plan = EncryptPlan(
+            as_folder(output),
+            checked_if_exists(if_exists),
+            None if split_lines is None else parse_size(split_lines),
+            None if relative_to is None else as_folder(relative_to),
+        )
+        if compression not in COMPRESSIONS:
+            msg = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
+            raise ValueError(msg)
+        work = _EncryptDoFn(
+            open_keys(key), checked_context(context), compression, if_exists, header_lines, policy or DataKeyPolicy()
+        )
+        super().__init__(plan, work)
+
+    def expand(self, sources: beam.PCollection) -> beam.PCollection:
+        """Return the PCollection of `EncryptedFile`s."""
+        results: beam.PCollection = super().expand(sources)
+        return results
+
+
+class DecryptFiles(_FilesTransform):
+    """Decrypts shards: each becomes a file of the same name below `output`. Nothing is left of a file that fails.
+
+    Input: patterns, paths or folders of shards, or Beam's `FileMetadata`; key files among them are passed over.
+    Output: a `DecryptedFile` for each.
+
+    Args:
+        output: the folder, on any Beam filesystem.
+        key: the KMS key, as URI or provider, or several, any of which may open a shard.
+        context: the encryption context that the shards were written with, or `ANY_CONTEXT`.
+        if_exists: what to do when a file exists: "error", "skip" it if it has the right size, or "overwrite" it.
+        relative_to: keep paths relative to this folder instead of the fixed part of the pattern.
+
+    Raises:
+        ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `DecryptPlan` and
+        `formats.shard.open_shard`.
+
+    Example:
+        >>> with beam.Pipeline() as p:
+        ...     p | beam.Create(["sealed/*"]) | DecryptFiles("opened/", key="aws-kms://alias/etl")
+    """
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        key: Key | Sequence[Key],
+        context: Mapping[str, str] | AnyContext | None = None,
+        if_exists: IfExists = "error",
+        relative_to: str | None = None,
+    ) -> None:
+        """Check the arguments; nothing is called yet."""
+        plan = DecryptPlan(
+            as_folder(output), checked_if_exists(if_exists), None if relative_to is None else as_folder(relative_to)
+        )
+        expected = context if isinstance(context, AnyContext) else checked_context(context)
+        super().__init__(plan, _DecryptDoFn(open_keys(key), expected, if_exists))
+
+    def expand(self, sources: beam.PCollection) -> beam.PCollection:
+        """Return the PCollection of `DecryptedFile`s."""
+        results: beam.PCollection = super().expand(sources)
+        return results
+
+
+@typehints.with_output_types(tuple[str, Task])
+class _PlanDoFn(beam.DoFn):
+    def __init__(self, plan: EncryptPlan | DecryptPlan, *, catch: bool) -> None:
+        self._plan, self._catch = plan, catch
+
+    def process(self, source: str | FileMetadata) -> Iterator[Any]:
+        try:
+            for task in self._plan.tasks(source):
+                yield task.target, task
+        except _DEAD_LETTERS as error:
+            if not self._catch:
+                raise
+            name = source.path if isinstance(source, FileMetadata) else source
+            yield beam.pvalue.TaggedOutput("failed", _failed(name, error))
+
+
+class _FileDoFn(beam.DoFn):
+    """Does one task after another; subclasses say how."""
+
+    label = "Work"
+    _catch = False
+
+    def catching(self, *, catch: bool) -> _FileDoFn:
+        self._catch = catch
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def process(self, element: tuple[str, Iterable[Task]]) -> Iterator[Any]:
+        target, tasks = element
+        task = unique_task(target, tasks)
+        try:
+            with Progress() as progress:
+                result = self.do(task, progress)
+            yield result
+        except _DEAD_LETTERS as error:
+            if not self._catch:
+                raise
+            yield beam.pvalue.TaggedOutput("failed", _failed(task.source, error))
+
+    def do(self, task: Task, progress: Progress) -> EncryptedFile | DecryptedFile:
+        raise NotImplementedError
+
+
+@typehints.with_output_types(EncryptedFile)
+class _EncryptDoFn(_FileDoFn):
+    label = "Encrypt"
+
+    def __init__(
+        self,
+        keys: tuple[KeyProvider, ...],
+        context: dict[str, str],
+        compression: str,
+        if_exists: IfExists,
+        header_lines: int,
+        policy: DataKeyPolicy,
+    ) -> None:
+        self._keys, self._context, self._policy = keys, context, policy
+        self._compression, self._if_exists, self._header_lines = compression, if_exists, header_lines
+        self._source: DataKeySource | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the data keys behind: only configuration travels."""
+        return {**self.__dict__, "_source": None}
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "key": ", ".join(map(str, self._keys)),
+            "context": ", ".join(self._context),
+            "compression": self._compression,
+        }
+
+    def start_bundle(self) -> None:
+        if self._policy.reuse == "worker":
+            self._source = shared_source(self._keys, self._context, self._policy)
+        else:
+            self._source = DataKeySource(self._keys, self._context, self._policy)
+
+    def finish_bundle(self) -> None:
+        if self._source is not None and self._policy.reuse == "bundle":
+            self._source.close()
+        self._source = None
+
+    def teardown(self) -> None:
+        self.finish_bundle()
+
+    def do(self, task: Task, progress: Progress) -> EncryptedFile:
+        with store_of(task.source).open(task.source) as source:
+            begin, end = (0, task.size) if task.end - task.start == task.size else line_bounds(source, task.start, task.end)
+            header = b""
+            if self._header_lines and task.start:
+                header = read_header(source, self._header_lines, task.end - task.start)
+            plaintext_bytes = len(header) + end - begin
+            if self._if_exists == "skip" and (whole := self._finished(task, plaintext_bytes)) is not None:
+                progress.add("files_skipped")
+                progress.add("bytes_skipped", task.end - task.start)
+                return whole
+            # A retried bundle finds what its first try wrote, so only the plan refuses what exists.
+            output = store_of(task.target).create(task.target, overwrite=True, size_hint=shard_size(plaintext_bytes))
+            return self._encrypt(task, source, output, (begin, end, header), progress)
+
+    def _encrypt(
+        self, task: Task, source: BinaryIO, output: Output, text: tuple[int, int, bytes], progress: Progress
+    ) -> EncryptedFile:
+        begin, end, header = text
+        try:
+            with self._source.take(len(header) + end - begin) as data_key:  # type: ignore[union-attr]  # set by start_bundle
+                name = split_path(task.source)[1]
+                writer = ShardWriter(output, data_key, self._context, compression=self._compression, name=name)
+        except BaseException:
+            output.abort()
+            raise
+        with writer:
+            writer.write(header)
+            for block in blocks(source, begin, end, _BLOCK_BYTES):
+                writer.write(block)
+                progress.add("bytes_plaintext", len(block))
+            if writer.plaintext_bytes != len(header) + end - begin:
+                msg = f"{task.source} became shorter while it was read. Encrypt it again when nobody writes it"
+                raise TruncatedError(msg)
+        progress.add("bytes_ciphertext", writer.ciphertext_bytes)
+        progress.add("files")
+        return EncryptedFile(
+            task.source,
+            task.target,
+            key_file_path(task.target),
+            writer.plaintext_bytes,
+            writer.ciphertext_bytes,
+            writer.key_file.data_keys[0].key_id.hex(),
+            skipped=False,
+        )
+
+    def _finished(self, task: Task, plaintext_bytes: int) -> EncryptedFile | None:
+        """Return what is there, if it is whole: a key file of this dataset and a shard of the right size beside it.
+
+        A shard takes its final name only when it is whole and its key file is durable, so what is unfinished lacks
+        one of the two; the size also finds a shard of another state of the source.
+        """
+        size = store_of(task.target).size(task.target)
+        if size is None:
+            return None
+        try:
+            raw = read_small(key_file_path(task.target), MAX_KEY_FILE_BYTES + 1)
+            key_file = KeyFile.from_bytes(raw, f"the key file of {task.target}")
+            held = plaintext_size(size)
+        except (FileNotFoundError, FormatError, TruncatedError):
+            return None
+        if key_file.context != self._context:
+            msg = f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. Choose another output"
+            raise ContextMismatchError(msg)
+        if key_file.compression != self._compression or (self._compression == "none" and held != plaintext_bytes):
+            return None
+        return EncryptedFile(
+            task.source,
+            task.target,
+            key_file_path(task.target),
+            plaintext_bytes,
+            size,
+            key_file.data_keys[0].key_id.hex(),
+            skipped=True,
+        )
+
+
+@typehints.with_output_types(DecryptedFile)
+class _DecryptDoFn(_FileDoFn):
+    label = "Decrypt"
+
+    def __init__(
+        self, keys: tuple[KeyProvider, ...], context: Mapping[str, str] | AnyContext, if_exists: IfExists
+    ) -> None:
+        self._keys, self._context, self._if_exists = keys, context, if_exists
+
+    def settings(self) -> dict[str, Any]:
+        names = "any" if isinstance(self._context, AnyContext) else ", ".join(self._context)
+        return {"key": ", ".join(map(str, self._keys)), "context": names}
+
+    def do(self, task: Task, progress: Progress) -> DecryptedFile:
+        key_file, shard = open_shard_at(task.source, self._keys, self._context)
+        with shard:
+            key_id = key_file.data_keys[0].key_id.hex()
+            existing = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
+            if existing is not None and (
+                key_file.compression != "none" or existing == plaintext_size(task.size, task.source)
+            ):
+                progress.add("files_skipped")
+                progress.add("bytes_skipped", task.size)
+                return DecryptedFile(task.source, task.target, existing, task.size, key_id, skipped=True)
+            output = store_of(task.target).create(task.target, overwrite=True, size_hint=task.size)
+            total = 0
+            try:
+                buffer = memoryview(bytearray(_BLOCK_BYTES))
+                while count := shard.readinto(buffer):
+                    output.write(buffer[:count])
+                    total += count
+                    progress.add("bytes_plaintext", count)
+                output.commit()
+            except BaseException:
+                output.abort()
+                raise
+        progress.add("bytes_ciphertext", task.size)
+        progress.add("files")
+        return DecryptedFile(task.source, task.target, total, task.size, key_id, skipped=False)
+
+
+def open_shard_at(
+    path: str, key: Key | Sequence[Key], context: Mapping[str, str] | AnyContext | None
+) -> tuple[KeyFile, Any]:
+    """Open a shard on any Beam filesystem: `formats.shard.open_shard` for `s3://` and the like.
+
+    Returns:
+        Its key file and the open shard, a binary file that closes the underlying stream too.
+
+    Raises:
+        As `open_shard`.
+    """
+    stream = store_of(path).open(path)
+    try:
+        try:
+            raw = read_small(key_file_path(path), MAX_KEY_FILE_BYTES + 1)
+        except FileNotFoundError:
+            raise missing_key_file(path, stream.read(HEADER_BYTES)) from None
+        shard = open_sealed(stream, raw, open_keys(key), context, path, own=True)
+        return KeyFile.from_bytes(raw, path), shard
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _failed(source: str, error: Exception) -> FailedFile:
+    return FailedFile(source, type(error).__name__, str(error))

@@ -1,0 +1,193 @@
+"""Which file becomes which: the tasks of EncryptFiles and DecryptFiles, worked out without Beam's runner."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from apache_beam import coders
+from apache_beam.io.filesystem import FileMetadata
+
+from beam_envelope.formats.keyfile import is_internal
+from beam_envelope.formats.shard import refuse_encrypted
+from beam_envelope.io.store import expand, fixed_folder, key_file_path, matches, split_path, store_of
+from beam_envelope.transforms.lines import parts
+
+IfExists: TypeAlias = Literal["error", "skip", "overwrite"]
+IF_EXISTS: Final = ("error", "skip", "overwrite")
+_COMPRESSED_NAMES: Final = (".gz", ".bz2", ".zst", ".xz", ".zip", ".parquet", ".orc", ".avro")
+
+
+class EncryptedFile(NamedTuple):
+    """What EncryptFiles says of each shard; `skipped` if it was there already."""
+
+    source: str
+    shard: str
+    key_file: str
+    plaintext_bytes: int
+    ciphertext_bytes: int
+    key_id: str
+    skipped: bool
+
+
+class DecryptedFile(NamedTuple):
+    """What DecryptFiles says of each file; `skipped` if it was there already."""
+
+    shard: str
+    output: str
+    plaintext_bytes: int
+    ciphertext_bytes: int
+    key_id: str
+    skipped: bool
+
+
+class FailedFile(NamedTuple):
+    """What an error handler gets: no data, only which file, the class of the error and its message."""
+
+    source: str
+    error: str
+    message: str
+
+
+class Task(NamedTuple):
+    """One file, or part of a file, to read, and where the result goes."""
+
+    source: str
+    size: int
+    target: str
+    start: int
+    end: int
+
+
+for _row in (EncryptedFile, DecryptedFile, FailedFile):
+    coders.registry.register_coder(_row, coders.RowCoder)
+
+
+@dataclass(frozen=True)
+class EncryptPlan:
+    """Which shards become of which files: settings of `EncryptFiles`, usable without Beam."""
+
+    output: str
+    if_exists: IfExists = "error"
+    part_bytes: int | None = None
+    relative_to: str | None = None
+
+    def tasks(self, source: str | FileMetadata) -> Iterator[Task]:
+        """Yield the tasks of a file, folder, or glob.
+
+        Raises:
+            FileNotFoundError: nothing matches.
+            AlreadyEncryptedError: a file is ours already.
+            FileExistsError: a shard exists, and `if_exists` is "error".
+            ValueError: a shard would be found by the pattern that found its source, or a name cannot be kept.
+            OSError: from the store.
+        """
+        pattern, found = (source.path, [source]) if isinstance(source, FileMetadata) else expand(source)
+        base = self.relative_to or fixed_folder(pattern)
+        for metadata in found:
+            path = metadata.path
+            refuse_encrypted(path, has_key_file=store_of(path).size(key_file_path(path)) is not None)
+            target = _below(self.output, base, path)
+            if matches(pattern, target) or target == path:
+                msg = (
+                    f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run would "
+                    "encrypt shards. Choose an output folder outside the pattern"
+                )
+                raise ValueError(msg)
+            for target_of_part, start, end in self._parts(target, metadata.size_in_bytes):
+                _refuse_existing(target_of_part, self.if_exists)
+                yield Task(path, metadata.size_in_bytes, target_of_part, start, end)
+
+    def _parts(self, target: str, size: int) -> Iterator[tuple[str, int, int]]:
+        if self.part_bytes is None:
+            yield target, 0, size
+            return
+        folder, name = split_path(target)
+        stem, dot, suffix = name.partition(".")
+        if name.lower().endswith(_COMPRESSED_NAMES):
+            msg = f"split_lines cannot split {name}: it has no lines. Leave split_lines out, or unpack it first"
+            raise ValueError(msg)
+        ranges = parts(size, self.part_bytes)
+        for index, (start, end) in enumerate(ranges):
+            yield f"{folder}{stem}-{index:05}-of-{len(ranges):05}{dot}{suffix}", start, end
+
+
+@dataclass(frozen=True)
+class DecryptPlan:
+    """Which files become of which shards: settings of `DecryptFiles`, usable without Beam."""
+
+    output: str
+    if_exists: IfExists = "error"
+    relative_to: str | None = None
+
+    def tasks(self, source: str | FileMetadata) -> Iterator[Task]:
+        """Yield a task for each shard of a glob or folder; key files and unfinished files are left out.
+
+        Raises:
+            FileNotFoundError: no shard matches.
+            FileExistsError: an output exists, and `if_exists` is "error".
+            ValueError: an output would be its own shard.
+            OSError: from the store.
+        """
+        pattern, found = (source.path, [source]) if isinstance(source, FileMetadata) else expand(source)
+        base = self.relative_to or fixed_folder(pattern)
+        shards = [metadata for metadata in found if not is_internal(split_path(metadata.path)[1])]
+        if not shards:
+            raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no shard", pattern)
+        for metadata in shards:
+            target = _below(self.output, base, metadata.path)
+            if target == metadata.path:
+                msg = f"{target} would be decrypted onto itself. Choose another output folder"
+                raise ValueError(msg)
+            _refuse_existing(target, self.if_exists)
+            yield Task(metadata.path, metadata.size_in_bytes, target, 0, metadata.size_in_bytes)
+
+
+def unique_task(target: str, tasks: Iterable[Task]) -> Task:
+    """Return the one task that makes a target.
+
+    Raises:
+        ValueError: two sources would make the same file.
+    """
+    distinct = sorted(set(tasks))
+    if len(distinct) > 1:
+        msg = (
+            f"{distinct[0].source} and {distinct[1].source} would both become {target}. "
+            "Give relative_to= (--relative-to), a folder above both, or run one job for each"
+        )
+        raise ValueError(msg)
+    return distinct[0]
+
+
+def _below(output: str, base: str, path: str) -> str:
+    if not path.startswith(base):
+        msg = f"{path} is not below {base}; relative_to= (--relative-to) must name a folder above every source"
+        raise ValueError(msg)
+    relative = path[len(base) :]
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        msg = f"the name of {path!r} is not valid UTF-8; rename the file"
+        raise ValueError(msg) from None
+    return output + relative
+
+
+def as_folder(path: str) -> str:
+    """Return a folder's path with a slash at its end."""
+    return path if path.endswith("/") else f"{path}/"
+
+
+def checked_if_exists(if_exists: str) -> IfExists:
+    """Return `if_exists` if it is one of the choices. Raises ValueError."""
+    for choice in IF_EXISTS:
+        if if_exists == choice:
+            return choice  # type: ignore[return-value]  # mypy does not narrow by comparison
+    msg = f"if_exists is one of {', '.join(IF_EXISTS)}, not {if_exists!r}"
+    raise ValueError(msg)
+
+
+def _refuse_existing(target: str, if_exists: IfExists) -> None:
+    if if_exists == "error" and store_of(target).size(target) is not None:
+        raise FileExistsError(errno.EEXIST, "the output exists; choose to skip or overwrite it", target)
