@@ -1,5 +1,8 @@
 """beam_envelope: encrypt datasets at scale with KMS envelope encryption in Apache Beam, and open them again."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from beam_envelope.errors import (
     AlreadyEncryptedError,
     ContextMismatchError,
@@ -21,8 +24,10 @@ from beam_envelope.keys.context import ANY_CONTEXT
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
 from beam_envelope.keys.uri import open_key
-from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
-from beam_envelope.transforms.plan import DecryptedFile, EncryptedFile, FailedFile
+
+if TYPE_CHECKING:
+    from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
+    from beam_envelope.transforms.plan import DecryptedFile, EncryptedFile, FailedFile
 
 __version__ = "0.1.0"
 
@@ -55,3 +60,19 @@ __all__ = [
     "open_key",
     "open_shard",
 ]
+
+# Beam takes seconds to import, and shards need none of it: these names bring it in when they are first used.
+_NEED_BEAM = {
+    "DecryptFiles": "beam_envelope.transforms.files",
+    "DecryptedFile": "beam_envelope.transforms.plan",
+    "EncryptFiles": "beam_envelope.transforms.files",
+    "EncryptedFile": "beam_envelope.transforms.plan",
+    "FailedFile": "beam_envelope.transforms.plan",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _NEED_BEAM:
+        return getattr(importlib.import_module(_NEED_BEAM[name]), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -173,7 +173,7 @@ class KeyFile:
         return replace(self, data_keys=tuple(data_keys))
 
 
-def _data_key(entry: Any, what: str) -> WrappedDataKey:  # noqa: ANN401  # parsed JSON
+def _data_key(entry: Any, what: str) -> WrappedDataKey:  # parsed JSON
     key_id = bytes.fromhex(entry["key_id"])
     wrapped = tuple(_wrapped_key(form) for form in entry["wrapped_keys"])
     if len(key_id) != KEY_ID_BYTES or not 0 < len(wrapped) <= MAX_WRAPPED_KEYS:
@@ -183,7 +183,7 @@ def _data_key(entry: Any, what: str) -> WrappedDataKey:  # noqa: ANN401  # parse
     return WrappedDataKey(key_id, wrapped)
 
 
-def _wrapped_key(form: Any) -> WrappedKey:  # noqa: ANN401  # parsed JSON
+def _wrapped_key(form: Any) -> WrappedKey:  # parsed JSON
     try:
         wrapped = base64.b64decode(form["wrapped_key"], validate=True)
     except binascii.Error as error:
@@ -191,13 +191,13 @@ def _wrapped_key(form: Any) -> WrappedKey:  # noqa: ANN401  # parsed JSON
     return WrappedKey(_string(form["provider"]), _string(form["kms_key"]), wrapped)
 
 
-def _string(value: Any) -> str:  # noqa: ANN401  # parsed JSON
+def _string(value: Any) -> str:  # parsed JSON
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
-def _strings(value: Any) -> dict[str, str]:  # noqa: ANN401  # parsed JSON
+def _strings(value: Any) -> dict[str, str]:  # parsed JSON
     return {_string(key): _string(text) for key, text in value.items()}
 
 

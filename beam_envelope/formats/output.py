@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, TypeAlias
 
@@ -73,6 +74,7 @@ class LocalOutput:
         self._refuse_existing()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self._path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
+        self._temporary_key_file = self._path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
         self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOEXEC, 0o666)
 
     def begin(self, key_file: bytes) -> None:
@@ -86,24 +88,31 @@ class LocalOutput:
             view = view[os.write(self._handle, view) :]
 
     def commit(self) -> None:
-        """Flush to the disk, write the key file, rename. Each step is durable before the next."""
+        """Flush both files to the disk, then rename the key file, then the file. Each step is durable before the next."""
         os.fsync(self._handle)
         self._close()
-        self._refuse_existing()
-        key_path = self._path.with_name(key_file_name(self._path.name))
         if self._key_file is not None:
-            self._path.unlink(missing_ok=True)  # only there if it may be overwritten
-            write_atomically(key_path, self._key_file)
-        _publish(self._temporary, self._path, overwrite=self._overwrite)
-        _sync_directory(self._path.parent)
+            _write_durably(self._temporary_key_file, self._key_file)
+        key_path = self._path.with_name(key_file_name(self._path.name))
+        # Without the lock a second writer could replace the first one's key file just before it fails to take the name.
+        with _alone_in(self._path.parent):
+            self._refuse_existing()
+            if self._key_file is not None:
+                if self._overwrite:
+                    self._path.unlink(missing_ok=True)
+                self._temporary_key_file.replace(key_path)
+                _sync_directory(self._path.parent)
+            _publish(self._temporary, self._path, overwrite=self._overwrite)
+            _sync_directory(self._path.parent)
         if self._key_file is not None:
             check_key_file(key_path.read_bytes(), self._key_file, self.name)
 
     def abort(self) -> None:
-        """Remove the temporary file."""
+        """Remove the temporary files."""
         self._close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+        for temporary in (self._temporary, self._temporary_key_file):
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._handle >= 0:
@@ -135,7 +144,11 @@ class StreamOutput:
         """Write all of `data`, also to a raw stream that takes a part."""
         view = memoryview(data)
         while view:
-            view = view[self._stream.write(view) :]
+            count = self._stream.write(view)
+            if count is None and isinstance(self._stream, io.RawIOBase):
+                msg = "the stream does not wait, and takes no more at the moment; pass one that waits"
+                raise BlockingIOError(errno.EAGAIN, msg, 0)
+            view = view[len(view) if count is None else count :]  # file-like objects that return nothing take all
 
     def commit(self) -> None:
         """Flush the stream."""
@@ -149,10 +162,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that readers see the old or the new one whole, also after a power cut. Raises OSError."""
     temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_durably(temporary, data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -172,6 +182,32 @@ def check_key_file(found: bytes, ours: bytes, name: str) -> None:
             "Let one job at a time write to a folder, and run this one again with overwrite"
         )
         raise EnvelopeError(msg)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other writers on this machine waiting, for the moment of a commit; a disk that has no locks goes without."""
+    try:
+        import fcntl  # noqa: PLC0415  # POSIX only
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a child was forked meanwhile
+        os.close(handle)
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:

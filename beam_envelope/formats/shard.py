@@ -58,7 +58,6 @@ _NONCE_BYTES: Final = 12
 _AES_KEY_BYTES: Final = 32
 _HKDF_INFO: Final = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\x00"
 _BLOCK_BYTES: Final = 16 * CHUNK_BYTES
-_LOCAL_SCHEMES: Final = "://"
 _LOG: Final = logging.getLogger(__name__)
 
 KeyFileSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
@@ -108,6 +107,7 @@ class ShardWriter(io.BufferedIOBase):
         self.plaintext_bytes = 0
         self.ciphertext_bytes = 0
         self._output: Output | None = output
+        self._broken = False
         # Two processes that go on with one writer would encrypt different data under one nonce.
         self._pid = os.getpid()
         self._handled_at_start = sys.exc_info()[1]
@@ -131,14 +131,17 @@ class ShardWriter(io.BufferedIOBase):
         """Encrypt and pass on all of `data`; return its length in bytes.
 
         Raises:
-            ValueError: the file is closed.
+            ValueError: the file is closed, or an earlier write failed.
             OSError: from the output.
         """
         output = self._open_output()
         with memoryview(data) as view, view.cast("B") as octets:
+            # A write that fails midway leaves a gap: writing on, or finishing, would make a shard that never opens.
+            self._broken = True
             for start in range(0, len(octets), _BLOCK_BYTES):
                 block = octets[start : start + _BLOCK_BYTES]
                 self._encrypt(output, block if self._compressor is None else self._compressor.compress(block))
+            self._broken = False
             self.plaintext_bytes += len(octets)
             return len(octets)
 
@@ -147,6 +150,7 @@ class ShardWriter(io.BufferedIOBase):
 
         Raises:
             OSError: from the output; nothing is left then.
+            ValueError: an earlier write failed; nothing is left then.
             EnvelopeError: another writer interfered.
         """
         if self.closed:
@@ -156,8 +160,8 @@ class ShardWriter(io.BufferedIOBase):
             _LOG.warning("%s is closed while %s is handled: it is dropped", self.name, type(handled).__name__)
             self.abort()
             return
-        output = self._open_output()
         try:
+            output = self._open_output()
             if self._compressor is not None:
                 self._encrypt(output, self._compressor.flush())
             self._pass_on(output, self._encryptor.finalize())
@@ -204,6 +208,9 @@ class ShardWriter(io.BufferedIOBase):
             raise ValueError(msg)
         if os.getpid() != self._pid:
             msg = f"{self.name} was opened before a fork; only the process that opened it may go on writing"
+            raise ValueError(msg)
+        if self._broken:
+            msg = f"an earlier write to {self.name} failed, so it is dropped. Write it again from the start"
             raise ValueError(msg)
         return self._output
 
@@ -378,7 +385,9 @@ class _RawShardReader(io.RawIOBase):
     def _refuse(self, first: int, last: int) -> NoReturn:
         where = f"chunk {first}" if first == last else f"one of the chunks {first} to {last}"
         end = " or the file was cut" if last == self._last_chunk else ""
-        msg = f"{self.name} was changed after it was written: {where} does not authenticate{end}. Restore it from a copy"
+        msg = (
+            f"{self.name} was changed after it was written: {where} does not authenticate{end}. Restore it from a copy"
+        )
         raise TamperedError(msg) from None
 
 
@@ -551,7 +560,11 @@ def missing_key_file(what: str, head: bytes) -> Exception:
     """
     printable = sum(byte in b"\t\n\r" or 32 <= byte != 127 for byte in head)  # noqa: PLR2004  # ASCII, and UTF-8's high bytes
     ascii_bytes = sum(byte < 128 for byte in head)  # noqa: PLR2004  # ASCII
-    plain = len(head) < HEADER_BYTES or head.startswith(_MAGICS) or (printable == len(head) and ascii_bytes > len(head) * 3 // 4)
+    plain = (
+        len(head) < HEADER_BYTES
+        or head.startswith(_MAGICS)
+        or (printable == len(head) and ascii_bytes > len(head) * 3 // 4)
+    )
     name = key_file_name(what.rpartition("/")[2])
     if plain:
         return NotEncryptedError(f"{what} is plain data: it has no key file ({name}) and does not look like a shard")
@@ -560,7 +573,18 @@ def missing_key_file(what: str, head: bytes) -> Exception:
     )
 
 
-_MAGICS: Final = (b"PAR1", b"PARE", b"PK\x03\x04", b"\x1f\x8b", b"Obj\x01", b"ORC", b"\x28\xb5\x2f\xfd", b"BZh", b"\x89PNG", b"%PDF")
+_MAGICS: Final = (
+    b"PAR1",
+    b"PARE",
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"Obj\x01",
+    b"ORC",
+    b"\x28\xb5\x2f\xfd",
+    b"BZh",
+    b"\x89PNG",
+    b"%PDF",
+)
 
 
 def _sibling_key_file(path: Path, stream: io.FileIO) -> bytes:

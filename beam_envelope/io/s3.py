@@ -1,8 +1,7 @@
 """S3 objects as files: a reader that asks for what it needs, and an output that S3 shows only after `commit`.
 
 Beam's own S3 writer completes an upload when it is garbage collected or its block raises, and Beam makes a new boto3
-session for each call; hence this module. Its client is made by Beam's own code, so `--s3_endpoint_url` and Beam's other
-S3 options hold here too.
+session for each call; hence this module. It reads Beam's S3 options, so `--s3_endpoint_url` and the others hold here too.
 """
 
 from __future__ import annotations
@@ -13,24 +12,30 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
 
-from apache_beam.io.aws.clients.s3.boto3_client import Client
-from apache_beam.io.aws.s3io import parse_s3_path
+import boto3
 from apache_beam.io.filesystem import FileMetadata, FileSystem
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, S3Options
 from botocore import exceptions as boto_errors
+from botocore.config import Config
 
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.formats.output import Buffer, check_key_file
 
 PART_BYTES: Final = 8 << 20
 _MAX_PARTS: Final = 10_000  # "Amazon S3 multipart upload limits", Amazon S3 User Guide
+_UPLOADS: Final = 2  # parts of one object on their way at a time, while the next one fills
+_CONNECTIONS: Final = (
+    50  # that a client keeps open for its threads, each of which may read one object and write another
+)
 _READ_BYTES: Final = 1 << 20
 _READ_TRIES: Final = 4
+_BINARY: Final = "application/octet-stream"
 _BROKEN_STREAM: Final = (
     boto_errors.ReadTimeoutError,
     boto_errors.ResponseStreamingError,
@@ -38,26 +43,30 @@ _BROKEN_STREAM: Final = (
     boto_errors.ConnectionClosedError,
 )
 
+_NOBODY: Final = object()
 _lock = threading.Lock()
-_clients: dict[tuple[object, ...], Any] = {}
+_clients: dict[tuple[tuple[str, Any], ...], Any] = {}
+_latest: tuple[object, Any] = (_NOBODY, None)
 
 
-def s3_client() -> Any:  # noqa: ANN401  # boto3 clients have no static type
+def s3_client() -> Any:  # boto3 clients have no static type
     """Return this process's S3 client for the pipeline's S3 options. It may be shared between threads."""
-    options = FileSystems._pipeline_options or PipelineOptions.from_dictionary({})  # noqa: SLF001  # where Beam's own filesystems find them
-    if isinstance(options, PipelineOptions):
-        options = options.view_as(S3Options).get_all_options()
-    key = tuple((name, options[name]) for name in sorted(options) if name.startswith("s3_"))
+    global _latest  # noqa: PLW0603  # the client of the options seen last: reading options takes longer than a request
+    options = FileSystems._pipeline_options  # noqa: SLF001  # where Beam's own filesystems find them
     with _lock:
-        if key not in _clients:
-            _clients[key] = Client(options).client
-        return _clients[key]
+        if _latest[0] is not options:
+            settings = _settings(options)
+            if settings not in _clients:
+                _clients[settings] = _new_client(dict(settings))
+            _latest = (options, _clients[settings])
+        return _latest[1]
 
 
 def clear_s3_clients() -> None:
     """Forget all clients, so that changed AWS settings are read anew."""
-    global _lock  # noqa: PLW0603  # a lock held by another thread at fork stays locked in the child
+    global _lock, _latest  # noqa: PLW0603  # a lock held by another thread at fork stays locked in the child
     _lock = threading.Lock()
+    _latest = (_NOBODY, None)
     _clients.clear()
 
 
@@ -69,11 +78,14 @@ class S3Store:
 
     def match(self, pattern: str) -> Iterator[FileMetadata]:
         """Yield the objects that match a glob, by one listing of its fixed part. Raises OSError."""
-        bucket, key = parse_s3_path(pattern, object_optional=True)
+        bucket, key = _split(pattern)
         prefix = key[: _first_glob(key)]
+        # Only ** reaches below the folder, but Beam's ? and [...] match a slash as well.
+        one_folder = not re.search(r"\*\*|[?\[/]", key[len(prefix) :])
         compiled = re.compile(FileSystem.translate_pattern(pattern))
         with _as_os_errors(pattern, "s3:ListBucket"):
-            for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            pages = s3_client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/" if one_folder else ""):
                 for item in page.get("Contents", ()):
                     path = f"s3://{bucket}/{item['Key']}"
                     if compiled.match(path) and not path.endswith("/"):
@@ -81,7 +93,9 @@ class S3Store:
 
     def size(self, path: str) -> int | None:
         """Return an object's size, or None where there is none. Raises OSError."""
-        bucket, key = parse_s3_path(path)
+        bucket, key = _split(path)
+        if not key:
+            return None
         try:
             with _as_os_errors(path, "s3:GetObject and s3:ListBucket"):
                 return int(s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
@@ -89,9 +103,11 @@ class S3Store:
             return None
 
     def is_folder(self, path: str) -> bool:
-        """Return False: S3 has no folders."""
-        del path
-        return False
+        """Whether there are objects whose names go on behind the path and a slash. Raises OSError."""
+        bucket, key = _split(path)
+        with _as_os_errors(path, "s3:ListBucket"):
+            prefix = f"{key.rstrip('/')}/" if key else ""
+            return bool(s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)["KeyCount"])
 
     def open(self, path: str) -> io.BufferedReader:
         """Open an object for reading. Raises FileNotFoundError, PermissionError, OSError."""
@@ -105,28 +121,38 @@ class S3Store:
 class S3Output:
     """An S3 object in the making: parts of equal size, which S3 shows as an object only when `commit` completes them.
 
-    A killed writer leaves an incomplete multipart upload that no reader sees; a lifecycle rule
-    (`AbortIncompleteMultipartUpload`) removes it.
+    At most three parts are in memory: one that fills, and two on their way. A killed writer leaves an incomplete
+    multipart upload that no reader sees; a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
     """
 
     def __init__(self, path: str, *, overwrite: bool, size_hint: int) -> None:
-        """Make no request but the one that looks for an existing object."""
+        """Make no request but the one that looks for an existing object.
+
+        Raises:
+            FileExistsError: there is one, and `overwrite` is off.
+            OSError: S3 cannot be asked.
+        """
         self.name = path
-        self._bucket, self._key = parse_s3_path(path)
+        self._bucket, self._key = _split(path)
+        self._place = {"Bucket": self._bucket, "Key": self._key}
         self._overwrite = overwrite
-        self._part_bytes = max(PART_BYTES, size_hint * 101 // 100 // (_MAX_PARTS - 1))
+        self._size_hint = size_hint * 101 // 100
+        self._part_bytes = max(PART_BYTES, self._size_hint // (_MAX_PARTS - 1))
         self._buffer = bytearray()
-        self._parts: list[dict[str, Any]] = []
+        self._sent = 0
+        self._parts: list[Future[dict[str, Any]]] = []
+        self._pool = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="s3-upload")  # starts its threads when used
         self._upload_id: str | None = None
         self._key_file: bytes | None = None
-        self._refuse_existing()
+        if not overwrite:
+            self._refuse_existing()
 
     def begin(self, key_file: bytes) -> None:
         """Keep the key file for `commit`."""
         self._key_file = key_file
 
     def write(self, data: Buffer) -> None:
-        """Take all of `data`; upload each part as it fills."""
+        """Take all of `data`; upload each part as it fills. Raises what an earlier part met."""
         view = memoryview(data)
         while view:
             room = self._part_bytes - len(self._buffer)
@@ -136,58 +162,94 @@ class S3Output:
                 self._upload_part()
 
     def commit(self) -> None:
-        """Put the key file, then make the object visible in one request."""
+        """Put the key file, then make the object visible in one request, then see that the key file is still ours.
+
+        Without `overwrite`, each is made only if it is not there. So of two writers one gets the key file's name, and
+        the other leaves both alone. With `overwrite`, the old object goes first: at no time may a shard stand beside
+        the key file of another.
+        """
         if self._upload_id is not None and self._buffer:
             self._upload_part()
-        self._refuse_existing()
-        client = s3_client()
-        place = {"Bucket": self._bucket, "Key": self._key}
-        folder, _, name = self._key.rpartition("/")
-        key_place = {"Bucket": self._bucket, "Key": f"{folder}/{key_file_name(name)}" if folder else key_file_name(name)}
-        # S3 refuses the request if another writer made the object since we looked.
-        condition = {} if self._overwrite else {"IfNoneMatch": "*"}
-        with _as_os_errors(self.name, "s3:PutObject, s3:GetObject (and s3:DeleteObject to overwrite)"):
-            if self._overwrite and self._key_file is not None:
-                client.delete_object(**place)  # at no time may a shard stand beside the key file of another
-            if self._key_file is not None:
-                client.put_object(**key_place, Body=self._key_file, ContentType="application/json")
+        if not self._overwrite:
+            self._refuse_existing()
+        elif self._key_file is not None and S3Store().size(self.name) is not None:
+            with _as_os_errors(self.name, "s3:DeleteObject"):
+                s3_client().delete_object(**self._place)
+        if self._key_file is not None:
+            self._put_key_file(self._key_file)
+        with _as_os_errors(self.name, "s3:PutObject"):
             if self._upload_id is None:
-                client.put_object(**place, **condition, Body=bytes(self._buffer), ContentType=_BINARY)
+                self._make(s3_client().put_object, **self._place, Body=bytes(self._buffer), ContentType=_BINARY)
             else:
-                client.complete_multipart_upload(
-                    **place, **condition, UploadId=self._upload_id, MultipartUpload={"Parts": self._parts}
+                parts = {"Parts": [part.result() for part in self._parts]}
+                self._make(
+                    s3_client().complete_multipart_upload,
+                    **self._place,
+                    UploadId=self._upload_id,
+                    MultipartUpload=parts,
                 )
-                self._upload_id = None
-            if self._key_file is not None:
-                check_key_file(client.get_object(**key_place)["Body"].read(), self._key_file, self.name)
+        self._upload_id = None
+        self._pool.shutdown()
+        if self._key_file is not None:
+            self._check_key_file(self._key_file)
 
     def abort(self) -> None:
         """Drop the parts."""
         upload_id, self._upload_id = self._upload_id, None
+        self._pool.shutdown(cancel_futures=True)  # S3 would keep a part that comes after its upload was aborted
         self._buffer = bytearray()
         if upload_id is not None:
             with contextlib.suppress(boto_errors.BotoCoreError, boto_errors.ClientError):
-                s3_client().abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=upload_id)
+                s3_client().abort_multipart_upload(**self._place, UploadId=upload_id)
 
     def _upload_part(self) -> None:
-        client = s3_client()
-        place = {"Bucket": self._bucket, "Key": self._key}
         with _as_os_errors(self.name, "s3:PutObject"):
             if self._upload_id is None:
-                self._upload_id = client.create_multipart_upload(**place, ContentType=_BINARY)["UploadId"]
-            number = len(self._parts) + 1
-            answer = client.upload_part(
-                **place, UploadId=self._upload_id, PartNumber=number, Body=bytes(self._buffer)
-            )
-        self._parts.append({"ETag": answer["ETag"], "PartNumber": number})
+                answer = s3_client().create_multipart_upload(**self._place, ContentType=_BINARY)
+                self._upload_id = answer["UploadId"]
+            if len(self._parts) >= _UPLOADS:
+                self._parts[-_UPLOADS].result()
+        number = len(self._parts) + 1
+        self._parts.append(self._pool.submit(self._send, number, bytes(self._buffer)))
+        self._sent += len(self._buffer)
         self._buffer.clear()
+        if self._sent > self._size_hint:  # it is larger than foretold: keep room for as much again
+            self._part_bytes = max(self._part_bytes, self._sent // max(_MAX_PARTS - number, 1))
+
+    def _send(self, number: int, body: bytes) -> dict[str, Any]:
+        answer = s3_client().upload_part(**self._place, UploadId=self._upload_id, PartNumber=number, Body=body)
+        return {"ETag": answer["ETag"], "PartNumber": number}
+
+    def _put_key_file(self, data: bytes) -> None:
+        place = self._key_file_place()
+        with _as_os_errors(_join(place), "s3:PutObject"):
+            self._make(s3_client().put_object, **place, Body=data, ContentType="application/json")
+
+    def _check_key_file(self, data: bytes) -> None:
+        place = self._key_file_place()
+        with _as_os_errors(_join(place), "s3:GetObject"):
+            found = s3_client().get_object(**place)["Body"].read()
+        check_key_file(found, data, self.name)
+
+    def _key_file_place(self) -> dict[str, str]:
+        folder, slash, name = self._key.rpartition("/")
+        return {"Bucket": self._bucket, "Key": folder + slash + key_file_name(name)}
+
+    def _make(self, request: Callable[..., Any], **arguments: Any) -> None:
+        """Make an object; without `overwrite`, S3 refuses if another writer made it since we looked."""
+        if not self._overwrite:
+            try:
+                request(**arguments, IfNoneMatch="*")
+            except boto_errors.ClientError as error:
+                if error.response["Error"].get("Code") != "NotImplemented":
+                    raise
+            else:
+                return
+        request(**arguments)  # also where a store has no conditional writes: the look just before has to do
 
     def _refuse_existing(self) -> None:
-        if not self._overwrite and S3Store().size(self.name) is not None:
+        if S3Store().size(self.name) is not None:
             raise FileExistsError(errno.EEXIST, "the output exists; choose to skip or overwrite it", self.name)
-
-
-_BINARY: Final = "application/octet-stream"
 
 
 class _RawS3Reader(io.RawIOBase):
@@ -197,12 +259,12 @@ class _RawS3Reader(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self.name = path
-        self._bucket, self._key = parse_s3_path(path)
-        self._position = 0
+        self._bucket, self._key = _split(path)
+        self._etag: str | None = None
         self._body: Any = None
+        self._body_position = self._position = 0
         with _as_os_errors(path, "s3:GetObject"):
-            head = s3_client().head_object(Bucket=self._bucket, Key=self._key)
-        self._size, self._etag = int(head["ContentLength"]), head["ETag"]
+            self._size = int(self._ask()["ContentLength"])
 
     def readable(self) -> bool:
         return True
@@ -211,9 +273,10 @@ class _RawS3Reader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Note the position; the next read asks for what is there."""
         position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
-        if position != self._position:
-            self._drop()
+        if position < 0:
+            raise ValueError(f"cannot seek to {position}, before the start")
         self._position = position
         return position
 
@@ -226,52 +289,33 @@ class _RawS3Reader(io.RawIOBase):
         with _as_os_errors(self.name, "s3:GetObject"):
             for remaining in reversed(range(_READ_TRIES)):
                 try:
-                    if self._body is None:
-                        self._body = s3_client().get_object(
-                            Bucket=self._bucket, Key=self._key, Range=f"bytes={self._position}-", IfMatch=self._etag
-                        )["Body"]
-                    data = self._body.read(len(buffer))
+                    if self._body is None or self._body_position != self._position:
+                        self._ask()
+                    count = int(self._body.readinto(buffer))
                     break
                 except _BROKEN_STREAM:
                     self._drop()
                     if not remaining:
                         raise
-        buffer[: len(data)] = data  # type: ignore[index]  # a writable buffer
-        self._position += len(data)
-        return len(data)
+        self._position += count
+        self._body_position = self._position
+        return count
 
     def close(self) -> None:
         self._drop()
         super().close()
 
+    def _ask(self) -> dict[str, Any]:
+        """Ask S3 for the object from the position on, in the version that was opened."""
+        self._drop()
+        arguments = {} if self._etag is None else {"IfMatch": self._etag}
+        if self._position:  # at 0, the range of an empty object would be refused
+            arguments["Range"] = f"bytes={self._position}-"
+        answer: dict[str, Any] = s3_client().get_object(Bucket=self._bucket, Key=self._key, **arguments)
+        self._etag, self._body, self._body_position = answer["ETag"], answer["Body"], self._position
+        return answer
+
     def _drop(self) -> None:
         body, self._body = getattr(self, "_body", None), None
         if body is not None:
             body.close()
-
-
-def _first_glob(text: str) -> int:
-    return min((index for index, letter in enumerate(text) if letter in "*?["), default=len(text))
-
-
-@contextmanager
-def _as_os_errors(path: str, permission: str) -> Iterator[None]:
-    """Turn boto3's errors into the OSError that a local file would give, saying what to do."""
-    try:
-        yield
-    except boto_errors.ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code == "NoSuchBucket":
-            raise FileNotFoundError(errno.ENOENT, "there is no such bucket", path) from None
-        if status == 404:  # noqa: PLR2004  # HTTP
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", path) from None
-        if status == 403:  # noqa: PLR2004  # HTTP
-            msg = f"S3 denies access ({code}); the caller needs {permission} on it"
-            raise PermissionError(errno.EACCES, msg, path) from None
-        if status == 412:  # noqa: PLR2004  # HTTP
-            msg = "another writer made or changed the object meanwhile"
-            raise FileExistsError(errno.EEXIST, msg, path) from None
-        raise OSError(errno.EIO, f"S3 says {code or status}: {error.response.get('Error', {}).get('Message', '')}", path) from None
-    except boto_errors.BotoCoreError as error:
-        raise OSError(errno.EIO, f"S3 could not be used: {error}", path) from None

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -23,8 +22,11 @@ from beam_envelope.formats.keyfile import TEMPORARY_PREFIX, key_file_name
 from beam_envelope.formats.output import Buffer, LocalOutput, Output, check_key_file
 from beam_envelope.io.s3 import S3Store
 
-_GLOB: Final = re.compile(r"[*?\[]")
+_QUOTED: Final = re.compile(r"\[([*?\[])\]")  # a set of one such character: how a glob says that it means the character
+_GLOB: Final = re.compile(rf"(?:[^*?\[]|{_QUOTED.pattern})*")
+_NO_SUCH_FILE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _BINARY: Final = "application/octet-stream"
+_FEW: Final = 8
 
 
 class Store(Protocol):
@@ -54,9 +56,9 @@ def store_of(path: str) -> Store:
     return S3Store() if scheme == "s3" else BeamStore()
 
 
-def has_glob(pattern: str) -> bool:
-    """Whether a path has any of the characters of a glob."""
-    return _GLOB.search(pattern) is not None
+def quote_glob(path: str) -> str:
+    """Return the glob that finds this one path, whatever characters are in it: `a[1].csv` becomes `a[[]1].csv`."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -65,10 +67,10 @@ def split_path(path: str) -> tuple[str, str]:
     return folder + separator, name
 
 
-def fixed_folder(pattern: str) -> str:
-    """Return the folder that all matches of a glob are below: its part before the first glob character."""
-    found = _GLOB.search(pattern)
-    return split_path(pattern[: found.start()] if found else pattern)[0]
+def split_glob(pattern: str) -> tuple[str, str]:
+    """Split a glob into the folder that all its matches are below, as a path, and the glob of what is below that."""
+    fixed = split_path(_GLOB.match(pattern)[0])[0]  # type: ignore[index]  # it matches at least the empty string
+    return _QUOTED.sub(r"\1", fixed), pattern[len(fixed) :]
 
 
 def key_file_path(path: str) -> str:
@@ -77,16 +79,26 @@ def key_file_path(path: str) -> str:
     return folder + key_file_name(name)
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a glob would find a path."""
-    return re.match(FileSystem.translate_pattern(pattern), path) is not None
+def finds(pattern: str, path: str) -> bool:
+    """Whether a glob would find a path, also one that names the same place otherwise (`./a`, `/here/a`, by a link)."""
+    folder, rest = split_glob(pattern)
+    below, path = same_place(folder), same_place(path)
+    return path.startswith(below) and _compiled(rest).match(path[len(below) :]) is not None
+
+
+def same_place(path: str) -> str:
+    """Return the one name of the place of a file: on a local disk, with all links in its folder's path resolved."""
+    if FileSystems.get_scheme(path) is not None:
+        return path
+    folder, name = split_path(path)
+    return os.path.join(os.path.realpath(folder or "."), name)
 
 
 def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
     """Find the files that a user names: a glob, a file, or a folder, which stands for all that is below it.
 
     Returns:
-        The glob that was used, and the files in order of their paths.
+        A glob for what the user named, and the files in order of their paths.
 
     Raises:
         FileNotFoundError: nothing matches.
@@ -95,14 +107,22 @@ def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
     store = store_of(pattern)
     size = None if pattern.endswith("/") else store.size(pattern)
     if size is not None:  # also a name that holds a glob's characters
-        return pattern, [FileMetadata(pattern, size)]
-    if pattern.endswith("/") or store.is_folder(pattern):
-        pattern = pattern.rstrip("/") + "/**"
-    found = sorted(store.match(pattern), key=lambda metadata: metadata.path) if has_glob(pattern) else []
+        return quote_glob(pattern), [FileMetadata(pattern, size)]
+    is_folder = pattern.endswith("/") or store.is_folder(pattern)
+    glob = quote_glob(pattern.rstrip("/")) + "/**" if is_folder else pattern
+    found = sorted(store.match(glob), key=lambda metadata: metadata.path) if _GLOB.fullmatch(glob) is None else []
     if not found:
         msg = "no file matches; quote a pattern so that the shell leaves it alone, and use ** to look into sub-folders"
         raise FileNotFoundError(errno.ENOENT, msg, pattern)
-    return pattern, found
+    return glob, found
+
+
+def existing(paths: Sequence[str], folder: str) -> set[str]:
+    """Return which of some paths below a folder exist, from one listing where that is cheaper. Raises OSError."""
+    store = store_of(folder)
+    if isinstance(store, LocalStore) or len(paths) <= _FEW:
+        return {path for path in paths if store.size(path) is not None}
+    return {metadata.path for metadata in store.match(f"{quote_glob(folder)}**")}.intersection(paths)
 
 
 def read_small(path: str, limit: int) -> bytes:
@@ -116,27 +136,28 @@ class LocalStore:
 
     def match(self, pattern: str) -> Iterator[FileMetadata]:
         """Yield the matching files; unlike Beam, raise for a folder or a link that cannot be read."""
-        root = fixed_folder(pattern)
-        rest = pattern[len(root) :]
+        root, rest = split_glob(pattern)
         # Only ** reaches into deeper folders, but Beam's ? and [...] match a slash as well.
         depth = None if re.search(r"\*\*|[?\[]", rest) else rest.count("/")
-        compiled = re.compile(FileSystem.translate_pattern(pattern))
+        compiled = _compiled(rest)
         for folder, folders, names in os.walk(root or ".", onerror=_raise):
-            prefix = "" if not root and folder == "." else os.path.join(folder, "")  # noqa: PTH118  # keeps the text of the pattern
+            prefix = "" if not root and folder == "." else os.path.join(folder, "")  # keeps the text of the pattern
             prefix = prefix.removeprefix("./") if not root else prefix
             if depth is not None and prefix[len(root) :].count("/") >= depth:
                 folders.clear()
             for name in names:
                 path = prefix + name
-                if compiled.match(path):
+                if compiled.match(path[len(root) :]):
                     yield FileMetadata(path, self._regular_size(path))
 
     def size(self, path: str) -> int | None:
         """Return the size, or None where there is no file, or a folder."""
         try:
             return None if Path(path).is_dir() else self._regular_size(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            if error.errno in _NO_SUCH_FILE:
+                return None
+            raise
 
     def is_folder(self, path: str) -> bool:
         """Whether it is a folder."""
@@ -144,7 +165,7 @@ class LocalStore:
 
     def open(self, path: str) -> BinaryIO:
         """Open without a buffer: callers read whole blocks."""
-        return Path(path).open("rb", buffering=0)  # type: ignore[return-value]  # FileIO is a BinaryIO
+        return Path(path).open("rb", buffering=0)
 
     def create(self, path: str, *, overwrite: bool, size_hint: int) -> LocalOutput:
         """Start a file under a temporary name."""
@@ -206,9 +227,7 @@ class BeamOutput:
         self._refuse_existing()
         self._temporary = split_path(path)[0] + TEMPORARY_PREFIX + uuid.uuid4().hex
         with _as_os_errors(path):
-            self._stream: io.BufferedIOBase | None = FileSystems.create(
-                self._temporary, _BINARY, CompressionTypes.UNCOMPRESSED
-            )
+            self._stream: BinaryIO | None = FileSystems.create(self._temporary, _BINARY, CompressionTypes.UNCOMPRESSED)
 
     def begin(self, key_file: bytes) -> None:
         """Keep the key file for `commit`."""
@@ -257,6 +276,11 @@ class BeamOutput:
     def _refuse_existing(self) -> None:
         if not self._overwrite and BeamStore().size(self.name) is not None:
             raise FileExistsError(errno.EEXIST, "the output exists; choose to skip or overwrite it", self.name)
+
+
+def _compiled(glob: str) -> re.Pattern[str]:
+    # Python warns of a [ inside of a set, which is how a glob quotes it.
+    return re.compile(FileSystem.translate_pattern(glob).replace("[[]", r"\["))
 
 
 def _raise(error: OSError) -> None:

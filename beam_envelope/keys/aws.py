@@ -110,6 +110,12 @@ class AwsKms(KeyProvider):
                 "the key file was changed. Restore it from a copy"
             )
             raise TamperedError(msg)
+        if len(answer["Plaintext"]) != DATA_KEY_BYTES:
+            msg = (
+                f"what {wrapped.kms_key} decrypted has {len(answer['Plaintext'])} bytes, so it is no data key: "
+                "the key file was changed. Restore it from a copy"
+            )
+            raise TamperedError(msg)
         return DataKey(answer["Plaintext"], [wrapped])
 
     def rewrap(self, wrapped: WrappedKey, context: Mapping[str, str], to: KeyProvider) -> WrappedKey:
@@ -118,11 +124,13 @@ class AwsKms(KeyProvider):
         Raises:
             WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError.
         """
-        if not isinstance(to, AwsKms) or self._reach() != to._reach():  # noqa: SLF001  # the same class
+        if not isinstance(to, AwsKms) or self._service() != to._service():  # noqa: SLF001  # the same class
             with self.unwrap(wrapped, context) as data_key:
                 return to.wrap(data_key, context)
         if not self.may_open(wrapped):
-            msg = f"the data key was wrapped by {wrapped.kms_key}, which is not {self.key_id}. Give that key with --from"
+            msg = (
+                f"the data key was wrapped by {wrapped.kms_key}, which is not {self.key_id}. Give that key with --from"
+            )
             raise WrongKeyError(msg)
         answer = self._call(
             "ReEncrypt",
@@ -162,15 +170,15 @@ class AwsKms(KeyProvider):
             del settings["region"]
         return f"{self.provider}://{self.key_id}" + (f"?{urlencode(settings, safe=':/')}" if settings else "")
 
-    def _reach(self) -> tuple[str | None, ...]:
-        """Return what decides which KMS service, with which credentials, a request goes to."""
-        return (self.region, self.profile, self.endpoint_url)
+    def _service(self) -> tuple[str | None, ...]:
+        """Return which KMS service, with whose credentials, a request goes to; the AWS settings fill what is not given."""
+        meta = self._client("ReEncrypt").meta
+        return (meta.region_name, meta.endpoint_url, self.profile)
 
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  # as boto3 has it
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:  # as boto3 has it
         kms_calls.counts[operation] += 1
         try:
-            client = _client(self.region, self.profile, self.endpoint_url)
-            method = getattr(client, _METHOD[operation])
+            method = getattr(self._client(operation), _METHOD[operation])
             with _wire_log_off():
                 answer: dict[str, Any] = method(**arguments)
         except boto_errors.ClientError as error:
@@ -178,6 +186,15 @@ class AwsKms(KeyProvider):
         except boto_errors.BotoCoreError as error:
             raise self._not_reached(operation, error) from None
         return answer
+
+    def _client(self, operation: str) -> Any:  # boto3 clients have no static type
+        try:
+            return _client(self.region, self.profile, self.endpoint_url)
+        except ValueError as error:  # botocore's own InvalidRegionError is one, too
+            msg = f"the region or the endpoint of {self} is not of the right form: {error}"
+            raise FormatError(msg) from None
+        except boto_errors.BotoCoreError as error:
+            raise self._not_reached(operation, error) from None
 
     def _refused(self, operation: str, error: boto_errors.ClientError) -> EnvelopeError:
         code = str(error.response.get("Error", {}).get("Code", ""))
@@ -223,7 +240,7 @@ class AwsKms(KeyProvider):
     def _not_reached(self, operation: str, error: boto_errors.BotoCoreError) -> EnvelopeError:
         if isinstance(error, boto_errors.NoRegionError):
             return KeyAccessError(
-                f"no AWS region is set for KMS key {self.key_id}. Set AWS_REGION, or write {self}?region=REGION"
+                f"no AWS region is set for KMS key {self.key_id}. Set AWS_DEFAULT_REGION, or write {self}?region=REGION"
             )
         if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
             return KmsUnavailableError(
@@ -250,7 +267,7 @@ _lock = threading.Lock()
 _clients: dict[tuple[str | None, ...], Any] = {}
 
 
-def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # noqa: ANN401  # boto3 clients have no static type
+def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # boto3 clients have no static type
     key = (region, profile, endpoint_url)
     with _lock:
         if key not in _clients:

@@ -128,11 +128,14 @@ class _Caches:
         self.in_flight: dict[_Entry, threading.Lock] = {}
 
     def close(self) -> None:
-        """Erase every key."""
-        for source in self.sources.values():
-            source.close()
-        for _, data_key in self.unwrapped.values():
-            data_key.close()
+        """Erase every key; under the lock, since another thread may be copying one."""
+        with self.lock:
+            for source in self.sources.values():
+                source.close()
+            for _, data_key in self.unwrapped.values():
+                data_key.close()
+            self.sources.clear()
+            self.unwrapped.clear()
 
 
 _caches = _Caches()
@@ -143,7 +146,9 @@ def shared_source(keys: Sequence[KeyProvider], context: Mapping[str, str], polic
     entry = (tuple(keys), tuple(sorted(context.items())), policy)
     with _caches.lock:
         if entry not in _caches.sources:
-            while len(_caches.sources) >= MAX_ENTRIES:  # a source still in use elsewhere stays whole until it is dropped
+            while (
+                len(_caches.sources) >= MAX_ENTRIES
+            ):  # a source still in use elsewhere stays whole until it is dropped
                 del _caches.sources[next(iter(_caches.sources))]
             _caches.sources[entry] = DataKeySource(keys, context, policy)
         return _caches.sources[entry]
@@ -193,7 +198,7 @@ def unwrap(
 
 def clear_caches() -> None:
     """Erase every cached data key and forget every KMS client of this process."""
-    global _caches  # noqa: PLW0603  # one swap, so that other threads see the old state or the new
+    global _caches  # one swap, so that other threads see the old state or the new
     old, _caches = _caches, _Caches()
     old.close()
     clear_clients()
@@ -239,9 +244,9 @@ def _unwrap_any(
     failures: list[EnvelopeError] = []
     for key in keys:
         for wrapped in wrapped_keys:
-            if not key.may_open(wrapped):
-                continue
             try:
+                if not key.may_open(wrapped):
+                    continue
                 data_key = key.unwrap(wrapped, context)
             except EnvelopeError as error:
                 failures.append(error)
@@ -257,6 +262,9 @@ def _unwrap_any(
         allowed = ", ".join(str(key) for key in keys)
         msg = f"{what} is encrypted under {under}; the keys allowed here are {allowed}. Give one that it is under"
         raise WrongKeyError(msg)
-    # A KMS that is down may yet open it, so that is what the caller should hear; else the first failure.
-    failure = next((error for error in failures if isinstance(error, KmsUnavailableError)), failures[0])
+    # A KMS that is down may yet open it, so that is what the caller should hear; that a key is not the right one is
+    # no news where several are allowed, so it comes last.
+    failure = min(
+        failures, key=lambda error: (not isinstance(error, KmsUnavailableError), isinstance(error, WrongKeyError))
+    )
     raise type(failure)(f"{what} cannot be opened: {failure}")

@@ -198,7 +198,9 @@ def _read_keyring(path: Path) -> list[dict[str, str]]:
         with path.open("rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
             if os.name == "posix" and mode & _OTHERS:
-                msg = f"the keyring {path} can be read by others (mode {stat.S_IMODE(mode):04o}). Run: chmod 600 '{path}'"
+                msg = (
+                    f"the keyring {path} can be read by others (mode {stat.S_IMODE(mode):04o}). Run: chmod 600 '{path}'"
+                )
                 raise KeyAccessError(msg)
             raw = stream.read(_MAX_KEYRING_BYTES + 1)
     except FileNotFoundError:
@@ -207,9 +209,14 @@ def _read_keyring(path: Path) -> list[dict[str, str]]:
     except PermissionError:
         msg = f"the keyring {path} may not be read by this user. Run the job as its owner"
         raise KeyAccessError(msg) from None
+    except OSError as error:
+        msg = f"the keyring {path} cannot be read ({error.strerror}). Name a keyring file, or make one: beam-envelope keygen"
+        raise KeyAccessError(msg) from None
     entries = _parse_keyring(raw)
     if entries is None:
-        msg = f"{path} is not a keyring of version {_VERSION}. Make one: beam-envelope keygen --key local-kms://NEW_PATH"
+        msg = (
+            f"{path} is not a keyring of version {_VERSION}. Make one: beam-envelope keygen --key local-kms://NEW_PATH"
+        )
         raise FormatError(msg)
     return entries
 
@@ -221,11 +228,15 @@ def _parse_keyring(raw: bytes) -> list[dict[str, str]] | None:
     try:
         document: Any = json.loads(raw)
         entries = document["keys"]
-        good = document["format"] == _FORMAT and document["version"] == _VERSION and all(
-            isinstance(entry["name"], str)
-            and isinstance(entry["id"], str)
-            and len(base64.b64decode(entry["key"], validate=True)) == DATA_KEY_BYTES
-            for entry in entries
+        good = (
+            document["format"] == _FORMAT
+            and document["version"] == _VERSION
+            and all(
+                isinstance(entry["name"], str)
+                and isinstance(entry["id"], str)
+                and len(base64.b64decode(entry["key"], validate=True)) == DATA_KEY_BYTES
+                for entry in entries
+            )
         )
     except (ValueError, TypeError, KeyError, RecursionError, binascii.Error):
         return None

@@ -83,7 +83,7 @@ class DataKey:
     def duplicate(self) -> DataKey:
         """Return an independent copy, for a second owner that erases it on its own."""
         twin = DataKey(self.material, self.wrapped_keys)
-        twin._key_id = self._key_id  # noqa: SLF001  # the same class
+        twin._key_id = self._key_id  # the same class
         return twin
 
     def close(self) -> None:

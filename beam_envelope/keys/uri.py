@@ -49,8 +49,8 @@ def open_keys(keys: Key | Sequence[Key]) -> tuple[KeyProvider, ...]:
         FormatError: as `open_key`.
         ValueError: there is none.
     """
-    single = isinstance(keys, (str, KeyProvider))
-    providers = tuple(dict.fromkeys(open_key(key) for key in ([keys] if single else keys)))  # type: ignore[union-attr, list-item]
+    several = (keys,) if isinstance(keys, (str, KeyProvider)) else keys
+    providers = tuple(dict.fromkeys(open_key(key) for key in several))
     if not providers:
         msg = "no key was given; pass key='aws-kms://alias/...' or --key"
         raise ValueError(msg)

@@ -22,13 +22,11 @@ from beam_envelope.errors import (
 from beam_envelope.formats.keyfile import COMPRESSIONS, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.output import Output
 from beam_envelope.formats.shard import (
-    HEADER_BYTES,
     ShardWriter,
-    missing_key_file,
-    open_sealed,
     plaintext_size,
     shard_size,
 )
+from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
 from beam_envelope.keys.context import AnyContext, checked_context
@@ -68,39 +66,45 @@ _DEAD_LETTERS: Final = (
 
 
 @typehints.with_input_types(str | FileMetadata)
-class _FilesTransform(beam.PTransform):
+class _FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "beam.PCollection[Any]"]):
     """What the two transforms share: plan, group by target, do."""
 
     def __init__(self, plan: EncryptPlan | DecryptPlan, work: _FileDoFn) -> None:
         super().__init__()
-        self._plan = plan
+        self.plan = plan
         self._work = work
         self._handler: Any = None
 
-    def with_error_handler(self, handler: Any) -> _FilesTransform:  # noqa: ANN401  # Beam's ErrorHandler, or None
+    def with_error_handler(self, handler: Any) -> _FilesTransform:  # Beam's ErrorHandler, or None
         """Send what concerns single files to a Beam error handler, as `FailedFile`s; errors of the KMS still fail."""
         self._handler = handler
         return self
 
-    def __ror__(self, left: Any, label: str | None = None) -> Any:  # noqa: ANN401  # as PTransform has it
+    def __ror__(self, left: Any, label: str | None = None) -> Any:  # as PTransform has it
         """Let `"sources/*" | EncryptFiles(...)` mean a PCollection of that one pattern."""
         return super().__ror__([left] if isinstance(left, str) else left, label)
 
-    def expand(self, sources: beam.PCollection) -> beam.PCollection:
+    def expand(self, sources: beam.PCollection[str | FileMetadata]) -> beam.PCollection[Any]:
         """Return the PCollection of results."""
         catch = self._handler is not None
-        plan = beam.ParDo(_PlanDoFn(self._plan, catch=catch)).with_outputs("failed", main="main")
-        work = beam.ParDo(self._work.catching(catch=catch)).with_outputs("failed", main="main")
+        tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch), sources)
         # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
-        planned = sources | "Plan" >> plan
-        done = planned.main | "Group" >> beam.GroupByKey() | self._work.label >> work
+        grouped = tasks | "Group" >> beam.GroupByKey()
+        done, undone = self._apply(self._work.label, self._work.catching(catch=catch), grouped)
         if catch:
-            self._handler.add_error_pcollection((planned.failed, done.failed) | "Failed" >> beam.Flatten())
-        return done.main
+            self._handler.add_error_pcollection((unplanned, undone) | "Failed" >> beam.Flatten())
+        return done
+
+    def _apply(self, label: str, dofn: beam.DoFn, elements: beam.PCollection[Any]) -> tuple[beam.PCollection[Any], Any]:
+        """Return the results and, for an error handler only, the failures: not every runner has several outputs."""
+        if self._handler is None:
+            return elements | label >> beam.ParDo(dofn), None
+        outputs = elements | label >> beam.ParDo(dofn).with_outputs("failed", main="done")
+        return outputs.done, outputs.failed
 
     def display_data(self) -> dict[str, Any]:
         """Describe the settings; the context's values are not shown."""
-        return {"output": self._plan.output, "if_exists": self._plan.if_exists, **self._work.settings()}
+        return {"output": self.plan.output, "if_exists": self.plan.if_exists, **self._work.settings()}
 
 
 class EncryptFiles(_FilesTransform):
@@ -161,11 +165,6 @@ class EncryptFiles(_FilesTransform):
         )
         super().__init__(plan, work)
 
-    def expand(self, sources: beam.PCollection) -> beam.PCollection:
-        """Return the PCollection of `EncryptedFile`s."""
-        results: beam.PCollection = super().expand(sources)
-        return results
-
 
 class DecryptFiles(_FilesTransform):
     """Decrypts shards: each becomes a file of the same name below `output`. Nothing is left of a file that fails.
@@ -204,11 +203,6 @@ class DecryptFiles(_FilesTransform):
         )
         expected = context if isinstance(context, AnyContext) else checked_context(context)
         super().__init__(plan, _DecryptDoFn(open_keys(key), expected, if_exists))
-
-    def expand(self, sources: beam.PCollection) -> beam.PCollection:
-        """Return the PCollection of `DecryptedFile`s."""
-        results: beam.PCollection = super().expand(sources)
-        return results
 
 
 @typehints.with_output_types(tuple[str, Task])
@@ -300,10 +294,12 @@ class _EncryptDoFn(_FileDoFn):
 
     def do(self, task: Task, progress: Progress) -> EncryptedFile:
         with store_of(task.source).open(task.source) as source:
-            begin, end = (0, task.size) if task.end - task.start == task.size else line_bounds(source, task.start, task.end)
+            begin, end = (
+                (0, task.size) if task.end - task.start == task.size else line_bounds(source, task.start, task.end)
+            )
             header = b""
             if self._header_lines and task.start:
-                header = read_header(source, self._header_lines, task.end - task.start)
+                header = read_header(source, self._header_lines, task.start)
             plaintext_bytes = len(header) + end - begin
             if self._if_exists == "skip" and (whole := self._finished(task, plaintext_bytes)) is not None:
                 progress.add("files_skipped")
@@ -360,7 +356,10 @@ class _EncryptDoFn(_FileDoFn):
         except (FileNotFoundError, FormatError, TruncatedError):
             return None
         if key_file.context != self._context:
-            msg = f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. Choose another output"
+            msg = (
+                f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. "
+                "Choose another output"
+            )
             raise ContextMismatchError(msg)
         if key_file.compression != self._compression or (self._compression == "none" and held != plaintext_bytes):
             return None
@@ -414,30 +413,6 @@ class _DecryptDoFn(_FileDoFn):
         progress.add("bytes_ciphertext", task.size)
         progress.add("files")
         return DecryptedFile(task.source, task.target, total, task.size, key_id, skipped=False)
-
-
-def open_shard_at(
-    path: str, key: Key | Sequence[Key], context: Mapping[str, str] | AnyContext | None
-) -> tuple[KeyFile, Any]:
-    """Open a shard on any Beam filesystem: `formats.shard.open_shard` for `s3://` and the like.
-
-    Returns:
-        Its key file and the open shard, a binary file that closes the underlying stream too.
-
-    Raises:
-        As `open_shard`.
-    """
-    stream = store_of(path).open(path)
-    try:
-        try:
-            raw = read_small(key_file_path(path), MAX_KEY_FILE_BYTES + 1)
-        except FileNotFoundError:
-            raise missing_key_file(path, stream.read(HEADER_BYTES)) from None
-        shard = open_sealed(stream, raw, open_keys(key), context, path, own=True)
-        return KeyFile.from_bytes(raw, path), shard
-    except BaseException:
-        stream.close()
-        raise
 
 
 def _failed(source: str, error: Exception) -> FailedFile:

@@ -43,14 +43,14 @@ def line_bounds(stream: BinaryIO, start: int, end: int) -> tuple[int, int]:
     return _line_start(stream, start), _line_start(stream, end)
 
 
-def read_header(stream: BinaryIO, lines: int, first_part_bytes: int) -> bytes:
-    """Return the first lines of a file.
+def read_header(stream: BinaryIO, lines: int, part_start: int) -> bytes:
+    """Return the first lines of a file, to be repeated in the part that starts at `part_start`.
 
     Raises:
-        ValueError: they do not fit into its first part, or are over 1 MiB.
+        ValueError: they reach into that part (which is seen in the second part at the latest), or are over 1 MiB.
     """
     stream.seek(0)
-    limit = min(MAX_HEADER_BYTES, first_part_bytes)
+    limit = min(MAX_HEADER_BYTES, part_start)
     head = b"".join(blocks(stream, 0, limit, _SEARCH_BYTES))
     end = 0
     for _ in range(lines):

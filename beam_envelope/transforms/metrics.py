@@ -1,8 +1,7 @@
-"""Counts of what was done: Beam metrics in the namespace `beam_envelope`, and a progress file for a local launcher."""
+"""Counts of what was done: Beam metrics in the namespace `beam_envelope`, and progress for a local launcher."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from typing import Final
@@ -10,11 +9,9 @@ from typing import Final
 from apache_beam.metrics import Metrics
 
 from beam_envelope.keys.provider import kms_calls
+from beam_envelope.progress import append_progress
 
 NAMESPACE: Final = "beam_envelope"
-PROGRESS_VARIABLE: Final = "BEAM_ENVELOPE_PROGRESS"
-"""Names a file to which the workers of this machine append what they did; set by the launcher, numbers only."""
-
 _INTERVAL_S: Final = 0.2
 
 
@@ -52,14 +49,5 @@ class Progress:
             self._counts[f"kms_{operation}"] += count
         for name, count in self._counts.items():
             Metrics.counter(NAMESPACE, name).inc(count)
-        path = os.environ.get(PROGRESS_VARIABLE)
-        if path and self._counts:
-            line = "".join(f"{name}={count} " for name, count in self._counts.items())
-            try:
-                handle = os.open(path, os.O_WRONLY | os.O_APPEND)
-            except FileNotFoundError:  # the launcher is gone, or on another machine
-                pass
-            else:
-                os.write(handle, line.rstrip().encode() + b"\n")
-                os.close(handle)
+        append_progress(self._counts)
         self._counts.clear()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from apache_beam import coders
 from apache_beam.io.filesystem import FileMetadata
 
+from beam_envelope.arguments import IF_EXISTS
 from beam_envelope.formats.keyfile import is_internal
 from beam_envelope.formats.shard import refuse_encrypted
-from beam_envelope.io.store import expand, fixed_folder, key_file_path, matches, split_path, store_of
+from beam_envelope.io.store import (
+    existing,
+    expand,
+    finds,
+    key_file_path,
+    quote_glob,
+    same_place,
+    split_glob,
+    split_path,
+)
 from beam_envelope.transforms.lines import parts
 
 IfExists: TypeAlias = Literal["error", "skip", "overwrite"]
-IF_EXISTS: Final = ("error", "skip", "overwrite")
 _COMPRESSED_NAMES: Final = (".gz", ".bz2", ".zst", ".xz", ".zip", ".parquet", ".orc", ".avro")
 
 
@@ -74,8 +83,8 @@ class EncryptPlan:
     part_bytes: int | None = None
     relative_to: str | None = None
 
-    def tasks(self, source: str | FileMetadata) -> Iterator[Task]:
-        """Yield the tasks of a file, folder, or glob.
+    def tasks(self, source: str | FileMetadata) -> list[Task]:
+        """Return the tasks of a file, folder, or glob.
 
         Raises:
             FileNotFoundError: nothing matches.
@@ -84,21 +93,26 @@ class EncryptPlan:
             ValueError: a shard would be found by the pattern that found its source, or a name cannot be kept.
             OSError: from the store.
         """
-        pattern, found = (source.path, [source]) if isinstance(source, FileMetadata) else expand(source)
-        base = self.relative_to or fixed_folder(pattern)
+        pattern, found = _found(source)
+        base = self.relative_to or split_glob(pattern)[0]
+        key_files = existing([key_file_path(metadata.path) for metadata in found], split_glob(pattern)[0])
+        tasks: list[Task] = []
         for metadata in found:
             path = metadata.path
-            refuse_encrypted(path, has_key_file=store_of(path).size(key_file_path(path)) is not None)
+            refuse_encrypted(path, has_key_file=key_file_path(path) in key_files)
             target = _below(self.output, base, path)
-            if matches(pattern, target) or target == path:
+            if finds(pattern, target):
                 msg = (
-                    f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run would "
-                    "encrypt shards. Choose an output folder outside the pattern"
+                    f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run "
+                    "would encrypt shards. Choose an output folder outside the pattern"
                 )
                 raise ValueError(msg)
-            for target_of_part, start, end in self._parts(target, metadata.size_in_bytes):
-                _refuse_existing(target_of_part, self.if_exists)
-                yield Task(path, metadata.size_in_bytes, target_of_part, start, end)
+            tasks += (
+                Task(path, metadata.size_in_bytes, part, start, end)
+                for part, start, end in self._parts(target, metadata.size_in_bytes)
+            )
+        _refuse_existing(tasks, self.output, self.if_exists)
+        return tasks
 
     def _parts(self, target: str, size: int) -> Iterator[tuple[str, int, int]]:
         if self.part_bytes is None:
@@ -122,8 +136,8 @@ class DecryptPlan:
     if_exists: IfExists = "error"
     relative_to: str | None = None
 
-    def tasks(self, source: str | FileMetadata) -> Iterator[Task]:
-        """Yield a task for each shard of a glob or folder; key files and unfinished files are left out.
+    def tasks(self, source: str | FileMetadata) -> list[Task]:
+        """Return a task for each shard of a glob or folder; key files and unfinished files are left out.
 
         Raises:
             FileNotFoundError: no shard matches.
@@ -131,18 +145,20 @@ class DecryptPlan:
             ValueError: an output would be its own shard.
             OSError: from the store.
         """
-        pattern, found = (source.path, [source]) if isinstance(source, FileMetadata) else expand(source)
-        base = self.relative_to or fixed_folder(pattern)
+        pattern, found = _found(source)
+        base = self.relative_to or split_glob(pattern)[0]
         shards = [metadata for metadata in found if not is_internal(split_path(metadata.path)[1])]
         if not shards:
             raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no shard", pattern)
+        tasks: list[Task] = []
         for metadata in shards:
             target = _below(self.output, base, metadata.path)
-            if target == metadata.path:
-                msg = f"{target} would be decrypted onto itself. Choose another output folder"
+            if same_place(target) == same_place(metadata.path):
+                msg = f"{metadata.path} would be decrypted onto itself. Choose another output folder"
                 raise ValueError(msg)
-            _refuse_existing(target, self.if_exists)
-            yield Task(metadata.path, metadata.size_in_bytes, target, 0, metadata.size_in_bytes)
+            tasks.append(Task(metadata.path, metadata.size_in_bytes, target, 0, metadata.size_in_bytes))
+        _refuse_existing(tasks, self.output, self.if_exists)
+        return tasks
 
 
 def unique_task(target: str, tasks: Iterable[Task]) -> Task:
@@ -161,13 +177,20 @@ def unique_task(target: str, tasks: Iterable[Task]) -> Task:
     return distinct[0]
 
 
+def _found(source: str | FileMetadata) -> tuple[str, list[FileMetadata]]:
+    return (quote_glob(source.path), [source]) if isinstance(source, FileMetadata) else expand(source)
+
+
 def _below(output: str, base: str, path: str) -> str:
     if not path.startswith(base):
         msg = f"{path} is not below {base}; relative_to= (--relative-to) must name a folder above every source"
         raise ValueError(msg)
     relative = path[len(base) :]
+    if ".." in relative.split("/"):  # on an object store, anyone who may write can make such a name
+        msg = f"{path} would leave the output folder {output}, because of the .. in its name. Rename it or leave it out"
+        raise ValueError(msg)
     try:
-        relative.encode()
+        (output + path).encode()
     except UnicodeEncodeError:
         msg = f"the name of {path!r} is not valid UTF-8; rename the file"
         raise ValueError(msg) from None
@@ -183,11 +206,14 @@ def checked_if_exists(if_exists: str) -> IfExists:
     """Return `if_exists` if it is one of the choices. Raises ValueError."""
     for choice in IF_EXISTS:
         if if_exists == choice:
-            return choice  # type: ignore[return-value]  # mypy does not narrow by comparison
+            return choice
     msg = f"if_exists is one of {', '.join(IF_EXISTS)}, not {if_exists!r}"
     raise ValueError(msg)
 
 
-def _refuse_existing(target: str, if_exists: IfExists) -> None:
-    if if_exists == "error" and store_of(target).size(target) is not None:
-        raise FileExistsError(errno.EEXIST, "the output exists; choose to skip or overwrite it", target)
+def _refuse_existing(tasks: Sequence[Task], output: str, if_exists: IfExists) -> None:
+    if if_exists == "error":
+        found = sorted(existing([task.target for task in tasks], output))
+        if found:
+            more = f" ({len(found)} of {len(tasks)} do)" if len(tasks) > 1 else ""
+            raise FileExistsError(errno.EEXIST, f"the output exists{more}; choose to skip or overwrite it", found[0])

@@ -1,0 +1,73 @@
+# `make` lists what there is to do. Each target makes what it needs in .venv, once; nothing else is touched.
+# `make clean` and a new PYTHON=... change the Python that .venv is made with.
+
+# The first Python here that is 3.10 to 3.13 and can make a virtual environment. Each is tried, not just looked up:
+# a version manager may leave names on the path that do not run.
+CAN_MAKE_VENV = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3.10 python3; do \
+	if "$$python" -c '$(CAN_MAKE_VENV)' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
+
+CODE = beam_envelope pipelines tests benchmarks
+BIN = .venv/bin
+PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format types bench ci clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.stamp-base ## see it at work on a real dataset; no AWS account needed
+	@$(BIN)/python -m pipelines.demo
+
+test: .venv/.stamp-test ## run the tests; PYTEST_ARGS="-k shard -x" passes options on
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.stamp-lint ## check the code's style and its formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: .venv/.stamp-lint ## fix what can be fixed, and format the code
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+types: .venv/.stamp-types ## check the types
+	$(BIN)/mypy
+
+bench: .venv/.stamp-bench ## measure against other tools: a table, a JSON file and a chart
+	$(BIN)/python -m benchmarks
+
+ci: ## run all that a change must pass
+	@.ci/run
+
+clean: ## remove .venv and all that was built
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.stamp-venv:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.10, 3.11, 3.12 or 3.13 found that can make a virtual environment." >&2; \
+		echo "Install one (on Debian and Ubuntu with its python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$python" -c '$(CAN_MAKE_VENV)' >/dev/null 2>&1; then \
+		echo "$$python does not run, is not Python 3.10 to 3.13, or lacks venv. Name another: make PYTHON=..." >&2; \
+		exit 1; \
+	fi; \
+	echo "Making .venv with $$("$$python" --version) ..."; \
+	"$$python" -m venv --clear .venv
+	@touch $@
+
+.venv/.stamp-base: pyproject.toml .venv/.stamp-venv
+	@echo "Installing beam-envelope and the libraries it needs (once; a minute or two) ..."
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+# The tools of a target are the extra of the same name in pyproject.toml.
+.venv/.stamp-%: pyproject.toml .venv/.stamp-base
+	@echo "Installing what 'make $*' needs (once) ..."
+	@$(PIP_INSTALL) --editable '.[$*]'
+	@touch $@

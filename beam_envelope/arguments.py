@@ -1,0 +1,110 @@
+"""The arguments of the command and of the programs in pipelines/. Imports no Beam, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+from beam_envelope.formats.keyfile import COMPRESSIONS
+from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
+
+IF_EXISTS: Final = ("error", "skip", "overwrite")
+
+KEY_HELP: Final = (
+    "the KMS key: aws-kms://alias/NAME, aws-kms://KEY_ARN, or local-kms://KEYRING_FILE[?name=NAME] for trying out"
+)
+
+
+def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of an encrypting job."""
+    parser.add_argument(
+        "patterns", nargs="+", metavar="INPUT", help="a file, a folder or a quoted glob; ** for sub-folders"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards and their key files go")
+    parser.add_argument(
+        "--key",
+        required=True,
+        action="append",
+        help=f"{KEY_HELP}. Give it again for more keys: any one opens the shards",
+    )
+    add_context_argument(parser, "given again to decrypt; KMS logs and key files show it, so nothing secret")
+    parser.add_argument(
+        "--split-lines",
+        metavar="SIZE",
+        help="cut line-delimited files into shards of about this size (256MiB), each ending at a line's end",
+    )
+    parser.add_argument(
+        "--header-lines",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --split-lines: repeat the first N lines in each shard",
+    )
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="none", help="before encryption (default: none)")
+    _add_common_arguments(parser)
+
+
+def add_decrypt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a decrypting job."""
+    parser.add_argument(
+        "patterns", nargs="+", metavar="SHARDS", help="a shard, a folder or a quoted glob; ** for sub-folders"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the plain files go")
+    add_reader_arguments(parser)
+    _add_common_arguments(parser)
+
+
+def add_shards_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument of the commands that look at shards."""
+    parser.add_argument("patterns", nargs="+", metavar="SHARDS", help="a shard, a folder or a quoted glob")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_keygen_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `keygen`."""
+    parser.add_argument("--key", required=True, help="local-kms://KEYRING_FILE or local-kms://KEYRING_FILE?name=NAME")
+
+
+def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every reader needs: the allowed keys and the context."""
+    parser.add_argument("--key", required=True, action="append", help=f"{KEY_HELP}. Give it again to allow more keys")
+    add_context_argument(parser, "the context that the shards were written with")
+    parser.add_argument("--any-context", action="store_true", help="accept shards of any context")
+
+
+def add_context_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--context`."""
+    parser.add_argument(
+        "--context", action="append", default=[], metavar="NAME=VALUE", help=f"a pair of the encryption context: {text}"
+    )
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--relative-to", metavar="FOLDER", help="keep paths relative to this folder")
+    parser.add_argument(
+        "--if-exists",
+        choices=IF_EXISTS,
+        default="error",
+        help="when an output exists: stop before the job starts (default), skip what is whole, or overwrite",
+    )
+
+
+def context_of(arguments: argparse.Namespace) -> dict[str, str] | AnyContext:
+    """Return the context that the arguments give. Raises ValueError."""
+    if getattr(arguments, "any_context", False):
+        if arguments.context:
+            msg = "give --context or --any-context, not both"
+            raise ValueError(msg)
+        return ANY_CONTEXT
+    pairs: dict[str, str] = {}
+    for text in arguments.context:
+        name, separator, value = text.partition("=")
+        if not separator or name in pairs:
+            msg = f"--context {text!r}: write NAME=VALUE, each name once"
+            raise ValueError(msg)
+        pairs[name] = value
+    return checked_context(pairs)

@@ -1,0 +1,155 @@
+"""The `beam-envelope` command: its parser, its messages, and the commands that need no Beam. The others: commands.py.
+
+Exit status: 0 if everything was done, 1 if not, 2 if the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from rich.markup import escape
+
+from beam_envelope import __version__, arguments, console
+from beam_envelope.errors import EnvelopeError, FormatError
+from beam_envelope.keys.local import LocalKms, generate_local_key
+from beam_envelope.keys.uri import open_key
+
+_EPILOG: Final = """\
+Start here:
+  beam-envelope keygen  --key local-kms://keyring.json
+  beam-envelope encrypt 'data/*.csv' --output sealed/ --key local-kms://keyring.json --context dataset=flights
+  beam-envelope inspect sealed/
+  beam-envelope decrypt 'sealed/*' --output opened/ --key local-kms://keyring.json --context dataset=flights
+
+With AWS, the key is aws-kms://alias/NAME or aws-kms://KEY_ARN, and paths may be s3://BUCKET/PREFIX.
+"""
+
+_JOB_EPILOG: Final = """\
+Quote patterns, so that the shell leaves them alone. Any option of Beam may follow, as --NAME=VALUE
+(--runner=FlinkRunner --flink_master=...). With no runner named, the job uses all cores of this machine;
+below 64 MiB one, since starting workers would take longer than the work.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser, commands = _parsers()
+    if not words or words[0] not in commands:
+        parser.parse_args(words or ["--help"])
+        return 2
+    verbose = "--verbose" in words
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        # Beam logs a failed worker's traceback several times over; the message below says what it was.
+        for name in ("apache_beam", "root"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        return _run(commands[words[0]], words)
+    except KeyboardInterrupt:
+        console.errors.print("Interrupted. Run it again with --if-exists=skip to finish it.")
+        return 130
+    except BrokenPipeError:  # `beam-envelope cat ... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python, at its end, would complain of the pipe
+        return 1
+    except (EnvelopeError, OSError, ValueError, TypeError, RuntimeError) as error:
+        if verbose:
+            console.errors.print_exception()
+        console.errors.print(f"[bold red]beam-envelope {words[0]}:[/] {escape(console.describe(error))}")
+        return 1
+
+
+def _run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    if words[0] == "keygen":
+        return _keygen(parser.parse_args(words[1:]))
+    if "-h" in words or "--help" in words:
+        parser.parse_args(words[1:])
+    with console.errors.status("Loading Apache Beam ..."):
+        from beam_envelope import commands  # noqa: PLC0415  # it takes seconds to import
+
+    return commands.run(words[0], parser, words[1:])
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="beam-envelope",
+        description="Encrypt datasets with data keys from a KMS, and open them again.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"beam-envelope {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, text: str, *adders: Callable[[argparse.ArgumentParser], None], epilog: str = "") -> None:
+        commands[name] = subparsers.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for adder in adders:
+            adder(commands[name])
+        commands[name].add_argument("--verbose", action="store_true", help="show Beam's log and full tracebacks")
+
+    add(
+        "encrypt",
+        "encrypt files into shards, each with a key file beside it",
+        arguments.add_encrypt_arguments,
+        arguments.add_json_argument,
+        epilog=_JOB_EPILOG,
+    )
+    add(
+        "decrypt",
+        "decrypt shards into files",
+        arguments.add_decrypt_arguments,
+        arguments.add_json_argument,
+        epilog=_JOB_EPILOG,
+    )
+    add(
+        "inspect",
+        "list shards with their keys, contexts, sizes and ages; needs no key",
+        arguments.add_shards_argument,
+        arguments.add_json_argument,
+    )
+    add(
+        "cat",
+        "write the plaintext of shards to standard output",
+        arguments.add_shards_argument,
+        arguments.add_reader_arguments,
+    )
+    add(
+        "keygen",
+        "make a local key, for trying out and for machines with no network",
+        arguments.add_keygen_arguments,
+    )
+    return parser, commands
+
+
+def _keygen(namespace: argparse.Namespace) -> int:
+    key = open_key(namespace.key)
+    if not isinstance(key, LocalKms):
+        msg = (
+            f"keygen makes local keys only. For {namespace.key}, ask AWS: aws kms create-key, then "
+            "aws kms create-alias --alias-name alias/NAME --target-key-id ID"
+        )
+        raise FormatError(msg)
+    name = generate_local_key(key)
+    console.output.print(
+        f"Made key {name} in {escape(key.path)}. Keep a copy in a safe place: without it, what it encrypts is lost.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The commands that work on files: encrypt, decrypt, inspect, cat."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from beam_envelope import console, jobs
+from beam_envelope.arguments import context_of
+from beam_envelope.inventory import ShardEntry, list_shards
+from beam_envelope.io.shards import open_shard_at
+from beam_envelope.keys.provider import kms_calls
+from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
+from beam_envelope.transforms.plan import DecryptPlan, Task
+
+_COPY_BYTES: Final = 1 << 20
+_UNITS: Final = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Run one command; return its exit status. Raises what the transforms raise."""
+    arguments, options = jobs.parse(parser, words)
+    FileSystems.set_options(options)
+    if command == "encrypt":
+        transform = jobs.encrypt_transform(arguments)
+        tasks = jobs.plan_tasks(transform.plan, arguments.patterns)
+        jobs.check_encrypt(arguments)
+        return _run_job("Encrypt", transform, tasks, arguments, options)
+    if command == "decrypt":
+        reader = jobs.decrypt_transform(arguments)
+        tasks = jobs.plan_tasks(reader.plan, arguments.patterns)
+        jobs.check_decrypt(arguments, tasks)
+        return _run_job("Decrypt", reader, tasks, arguments, options)
+    return _inspect(arguments) if command == "inspect" else _cat(arguments)
+
+
+def _run_job(
+    verb: str,
+    transform: EncryptFiles | DecryptFiles,
+    tasks: Sequence[Task],
+    arguments: argparse.Namespace,
+    options: PipelineOptions,
+) -> int:
+    n_bytes = sum(task.end - task.start for task in tasks)
+    checks = dict(kms_calls.counts)  # what this thread, the launcher, has asked so far
+    start = time.monotonic()
+    pipeline = jobs.make_pipeline(options, len(tasks), n_bytes)
+    _ = pipeline | "Files" >> beam.Create(arguments.patterns) | f"{verb}Files" >> transform
+    quiet = contextlib.nullcontext() if arguments.verbose else console.quiet_workers()
+    with quiet, console.JobProgress(f"{verb}ing", len(tasks), n_bytes):
+        result = pipeline.run()
+        state = result.wait_until_finish() or result.state
+    if state != PipelineState.DONE:
+        console.errors.print(f"The job ended as {state}. Run it again with --if-exists=skip to finish it.")
+        return 1
+    jobs.check_landed(tasks, arguments.output)
+    seconds = time.monotonic() - start
+    summary = jobs.summary(result)
+    if arguments.json:
+        figures = {"output": arguments.output, **summary, "kms_calls_to_check": checks, "seconds": round(seconds, 3)}
+        print(json.dumps(figures))
+        return 0
+    files = _count(summary["files"], "file")
+    skipped = f", {summary['files_skipped']} skipped" if summary["files_skipped"] else ""
+    calls = ", ".join(f"{count} {name}" for name, count in summary["kms_calls"].items()) or "none"
+    checked = f", and {sum(checks.values())} to check the key first" if checks else ""
+    console.output.print(
+        f"{verb}ed {files}{skipped}, {decimal(summary['plaintext_bytes'])} in {seconds:.1f} s "
+        f"({decimal(int(summary['plaintext_bytes'] / seconds))}/s) into {escape(arguments.output)}. "
+        f"KMS calls: {calls}{checked}.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _cat(arguments: argparse.Namespace) -> int:
+    plan = DecryptPlan(os.devnull, "overwrite")
+    for task in [task for pattern in arguments.patterns for task in plan.tasks(pattern)]:
+        _, shard = open_shard_at(task.source, arguments.key, context_of(arguments))
+        with shard:
+            shutil.copyfileobj(shard, sys.stdout.buffer, _COPY_BYTES)
+    sys.stdout.buffer.flush()
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    entries = list_shards(arguments.patterns)
+    if arguments.json:
+        print(json.dumps([entry.as_dict() for entry in entries], indent=2))
+        return 0
+    shards = [entry for entry in entries if not entry.problem]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("shard", "KMS key", "context"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("plaintext", "stored", "age"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in shards:
+        table.add_row(*map(escape, _row(entry)))
+    if shards:
+        console.output.print(table)
+    keys = {key for entry in shards for key in entry.kms_keys}
+    total = decimal(sum(entry.stored_bytes for entry in shards))
+    console.output.print(f"{_count(len(shards), 'shard')}, {total} stored, {_count(len(keys), 'KMS key')}.")
+    for entry in entries:
+        if entry.problem:
+            console.output.print(f"[yellow]{escape(entry.path)}: {escape(entry.problem)}[/]", soft_wrap=True)
+    return 0
+
+
+def _row(entry: ShardEntry) -> tuple[str, ...]:
+    context = ", ".join(f"{name}={value}" for name, value in (entry.context or {}).items())
+    size = "zstd" if entry.plaintext_bytes is None else decimal(entry.plaintext_bytes)
+    return entry.path, "\n".join(entry.kms_keys), context, size, decimal(entry.stored_bytes), _age(entry.age_s())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for unit, length in _UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

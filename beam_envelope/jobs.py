@@ -1,0 +1,185 @@
+"""What the command and the programs in pipelines/ share: the default runner, and checks before and after a job."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import apache_beam as beam
+from apache_beam.metrics.metric import MetricsFilter
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions, _BeamArgumentParser
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.runners.portability.fn_api_runner import fn_runner
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
+from apache_beam.runners.runner import PipelineResult
+
+from beam_envelope.arguments import context_of
+from beam_envelope.errors import EnvelopeError
+from beam_envelope.io.shards import open_shard_at
+from beam_envelope.io.store import existing, same_place
+from beam_envelope.keys.cache import generate_data_key
+from beam_envelope.keys.context import AnyContext
+from beam_envelope.keys.uri import open_keys
+from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
+from beam_envelope.transforms.metrics import NAMESPACE
+from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task, as_folder, unique_task
+
+SMALL_JOB_BYTES: Final = 64 << 20
+"""Below this, starting worker processes takes longer than the work itself."""
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, PipelineOptions]:
+    """Parse our arguments, and Beam's behind them.
+
+    An option that neither knows ends the program with status 2: Beam would ignore it, and a misspelt `--context` would
+    encrypt without one.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    beam_parser = _BeamArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(beam_parser)  # noqa: SLF001  # as PipelineOptions itself does
+    _, unknown = beam_parser.parse_known_args(rest)
+    for word in unknown:
+        if word.startswith("-"):
+            names = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001  # no public list
+            close = difflib.get_close_matches(word.partition("=")[0], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else "neither beam-envelope nor Beam has it"
+            parser.error(f"unknown option {word}: {hint}")
+        parser.error(f"{word!r} is left over: give all files and patterns together, before the options")
+    return arguments, PipelineOptions(rest)
+
+
+def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles:
+    """Return the transform that the arguments describe. Raises ValueError, FormatError."""
+    return EncryptFiles(
+        arguments.output,
+        key=arguments.key,
+        context=context_of(arguments),  # type: ignore[arg-type]  # encrypting has no --any-context
+        split_lines=arguments.split_lines,
+        header_lines=arguments.header_lines,
+        compression=arguments.compression,
+        if_exists=arguments.if_exists,
+        relative_to=arguments.relative_to,
+    )
+
+
+def decrypt_transform(arguments: argparse.Namespace) -> DecryptFiles:
+    """Return the transform that the arguments describe. Raises ValueError, FormatError."""
+    return DecryptFiles(
+        arguments.output,
+        key=arguments.key,
+        context=context_of(arguments),
+        if_exists=arguments.if_exists,
+        relative_to=arguments.relative_to,
+    )
+
+
+def plan_tasks(plan: EncryptPlan | DecryptPlan, patterns: Sequence[str]) -> list[Task]:
+    """Work out on the launcher what the job will do, so that most mistakes stop it before it starts.
+
+    Raises:
+        ValueError: an output would replace one of the inputs.
+        As `EncryptPlan.tasks`, `DecryptPlan.tasks` and `unique_task`.
+    """
+    by_target: dict[str, list[Task]] = {}
+    for pattern in patterns:
+        for task in plan.tasks(pattern):
+            by_target.setdefault(task.target, []).append(task)
+    sources = {same_place(task.source) for tasks in by_target.values() for task in tasks}
+    for target in by_target:
+        if same_place(target) in sources:
+            msg = f"{target} is an input of this job and would be replaced by an output. Choose another output folder"
+            raise ValueError(msg)
+    return [unique_task(target, tasks) for target, tasks in by_target.items()]
+
+
+def check_encrypt(arguments: argparse.Namespace) -> None:
+    """Try every key once. Raises KeyAccessError, KmsUnavailableError."""
+    context = context_of(arguments)
+    generate_data_key(open_keys(arguments.key), {} if isinstance(context, AnyContext) else context).close()
+
+
+def check_decrypt(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    """Open the first shard. Raises as `open_shard`."""
+    _, shard = open_shard_at(tasks[0].source, arguments.key, context_of(arguments))
+    shard.close()
+
+
+def make_pipeline(options: PipelineOptions, n_tasks: int | None = None, n_bytes: int | None = None) -> beam.Pipeline:
+    """Return a pipeline for the runner of the options, or else one that uses all cores of this machine.
+
+    Beam's DirectRunner would first look for Prism on the network; its FnApiRunner needs nothing, and is given the
+    options for its worker processes as DirectRunner does it.
+
+    Args:
+        options: Beam's options.
+        n_tasks: how many files or parts there are, if known: more workers than that have nothing to do.
+        n_bytes: how many bytes, if known: a small job runs in this process.
+    """
+    if options.view_as(StandardOptions).runner:
+        return beam.Pipeline(options=options)
+    direct = options.view_as(DirectOptions)
+    chosen = {"direct_running_mode", "direct_num_workers"} & options.get_all_options(drop_default=True).keys()
+    small = n_bytes is not None and n_bytes < SMALL_JOB_BYTES
+    workers = 1 if small else min(_cores(), n_tasks or 1 << 16)
+    if not chosen and workers > 1:
+        direct.direct_running_mode = "multi_processing"
+        direct.direct_num_workers = workers
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    provision = fn_runner.ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded))
+    return beam.Pipeline(runner=fn_runner.FnApiRunner(provision_info=provision), options=options)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def counters(result: PipelineResult) -> dict[str, int]:
+    """Return our metrics of a job by name, or nothing where the runner has none."""
+    try:
+        found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
+    except (NotImplementedError, AttributeError):
+        return {}
+    totals: dict[str, int] = {}
+    for counter in found:
+        value = counter.result
+        totals[counter.key.metric.name] = totals.get(counter.key.metric.name, 0) + (value or 0)
+    return totals
+
+
+def check_landed(tasks: Sequence[Task], output: str) -> None:
+    """Check that every file that was planned is there: a runner may drop work and say that it succeeded.
+
+    Raises:
+        EnvelopeError: names the first that is missing.
+        OSError: the output cannot be listed.
+    """
+    there = existing([task.target for task in tasks], as_folder(output))
+    missing = [task.target for task in tasks if task.target not in there]
+    if missing:
+        msg = (
+            f"the runner reports success, but {len(missing)} of {len(tasks)} files are missing, first {missing[0]}. "
+            "Run the job again with --if-exists=skip"
+        )
+        raise EnvelopeError(msg)
+
+
+def summary(result: PipelineResult) -> dict[str, Any]:
+    """Return what a job did, from its metrics."""
+    totals = counters(result)
+    return {
+        "files": totals.get("files", 0),
+        "files_skipped": totals.get("files_skipped", 0),
+        "plaintext_bytes": totals.get("bytes_plaintext", 0),
+        "ciphertext_bytes": totals.get("bytes_ciphertext", 0),
+        "kms_calls": {
+            name.removeprefix("kms_"): count for name, count in sorted(totals.items()) if name.startswith("kms_")
+        },
+    }

@@ -1,0 +1,1 @@
+"""Beam programs: what a person submits to a runner."""
