@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Final
 
 from beam_envelope.formats.keyfile import COMPRESSIONS
@@ -100,11 +101,16 @@ def context_of(arguments: argparse.Namespace) -> dict[str, str] | AnyContext:
             msg = "give --context or --any-context, not both"
             raise ValueError(msg)
         return ANY_CONTEXT
+    return parse_context(arguments.context)
+
+
+def parse_context(texts: Iterable[str]) -> dict[str, str]:
+    """Return the encryption context that texts like `dataset=flights` give. Raises ValueError."""
     pairs: dict[str, str] = {}
-    for text in arguments.context:
+    for text in texts:
         name, separator, value = text.partition("=")
         if not separator or name in pairs:
-            msg = f"--context {text!r}: write NAME=VALUE, each name once"
+            msg = f"the context {text!r}: write NAME=VALUE, each name once"
             raise ValueError(msg)
         pairs[name] = value
     return checked_context(pairs)
