@@ -26,6 +26,10 @@ from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
 from beam_envelope.keys.uri import open_key
 
 if TYPE_CHECKING:
+    from beam_envelope.io.fileio import WriteEncryptedFiles
+    from beam_envelope.io.filesystem import register_filesystem
+    from beam_envelope.io.options import EnvelopeOptions
+    from beam_envelope.io.text import ReadAllEncryptedText, ReadEncryptedText, WriteEncryptedText
     from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
     from beam_envelope.transforms.plan import DecryptedFile, EncryptedFile, FailedFile
 
@@ -43,6 +47,7 @@ __all__ = [
     "EncryptFiles",
     "EncryptedFile",
     "EnvelopeError",
+    "EnvelopeOptions",
     "FailedFile",
     "FormatError",
     "KeyAccessError",
@@ -52,13 +57,18 @@ __all__ = [
     "LocalKms",
     "ManifestError",
     "NotEncryptedError",
+    "ReadAllEncryptedText",
+    "ReadEncryptedText",
     "TamperedError",
     "TruncatedError",
     "WrappedKey",
+    "WriteEncryptedFiles",
+    "WriteEncryptedText",
     "WrongKeyError",
     "create_shard",
     "open_key",
     "open_shard",
+    "register_filesystem",
 ]
 
 # Beam takes seconds to import, and shards need none of it: these names bring it in when they are first used.
@@ -67,7 +77,13 @@ _NEED_BEAM = {
     "DecryptedFile": "beam_envelope.transforms.plan",
     "EncryptFiles": "beam_envelope.transforms.files",
     "EncryptedFile": "beam_envelope.transforms.plan",
+    "EnvelopeOptions": "beam_envelope.io.options",
     "FailedFile": "beam_envelope.transforms.plan",
+    "ReadAllEncryptedText": "beam_envelope.io.text",
+    "ReadEncryptedText": "beam_envelope.io.text",
+    "WriteEncryptedFiles": "beam_envelope.io.fileio",
+    "WriteEncryptedText": "beam_envelope.io.text",
+    "register_filesystem": "beam_envelope.io.filesystem",
 }
 
 

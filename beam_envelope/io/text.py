@@ -173,9 +173,9 @@ class _TextSourceWithFilename(_TextSource, textio._TextSourceWithFilename):  # n
     """The same, giving pairs of name and line."""
 
 
-def _carry(of_beam: Any, kind: type[Any], settings: Settings) -> Any:
+def _carry(of_beam: Any, kind: type, settings: Settings) -> Any:
     """Return Beam's sink or source as our subclass of it: the same state, and the settings."""
-    ours = kind.__new__(kind)
+    ours: Any = object.__new__(kind)
     ours.__dict__.update(of_beam.__dict__)
     ours.envelope_settings = settings
     return ours
