@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from beam_envelope.errors import EnvelopeError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile, is_key_file, key_file_name
-from beam_envelope.formats.shard import plaintext_size
+from beam_envelope.formats.shard_layout import plaintext_size
 from beam_envelope.io.store import expand, key_file_path, read_small, split_path, store_of
 
 _READERS: Final = 16  # key files are read in parallel: on S3, each read is mostly waiting

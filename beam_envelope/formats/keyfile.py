@@ -87,7 +87,7 @@ class KeyFile:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
     def to_bytes(self) -> bytes:
-        """Return the one encoding of this key file: JSON, two spaces of indentation, keys in order, a newline at the end."""
+        """Return the one encoding: JSON, two spaces of indentation, fields in this order, a newline at the end."""
         document = {
             "format": FORMAT,
             "version": VERSION,

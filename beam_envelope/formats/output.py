@@ -88,7 +88,7 @@ class LocalOutput:
             view = view[os.write(self._handle, view) :]
 
     def commit(self) -> None:
-        """Flush both files to the disk, then rename the key file, then the file. Each step is durable before the next."""
+        """Flush both files to the disk, rename the key file, then the file. Each step is durable before the next."""
         os.fsync(self._handle)
         self._close()
         if self._key_file is not None:
@@ -103,9 +103,9 @@ class LocalOutput:
                 self._temporary_key_file.replace(key_path)
                 _sync_directory(self._path.parent)
             _publish(self._temporary, self._path, overwrite=self._overwrite)
-            _sync_directory(self._path.parent)
-        if self._key_file is not None:
-            check_key_file(key_path.read_bytes(), self._key_file, self.name)
+            if self._key_file is not None:
+                check_key_file(key_path.read_bytes(), self._key_file, self.name)
+        _sync_directory(self._path.parent)
 
     def abort(self) -> None:
         """Remove the temporary files."""
@@ -130,7 +130,7 @@ class StreamOutput:
     A stream's bytes may be seen at once, so the key file goes out before them. The stream is never closed here.
     """
 
-    def __init__(self, stream: BinaryIO, write_key_file: Callable[[bytes], None]) -> None:
+    def __init__(self, stream: BinaryIO, write_key_file: Callable[[bytes], object]) -> None:
         """Write nothing yet."""
         self.name = str(getattr(stream, "name", "a stream"))
         self._stream = stream

@@ -18,7 +18,8 @@ from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 
 from beam_envelope.errors import FormatError, TruncatedError
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, is_internal
-from beam_envelope.formats.shard import ShardWriter, plaintext_size
+from beam_envelope.formats.shard_layout import plaintext_size
+from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.io.options import Settings, current_settings
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import LocalStore, key_file_path, quote_glob, read_small, split_path, store_of

@@ -6,7 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, KeyFile
-from beam_envelope.formats.shard import HEADER_BYTES, missing_key_file, open_sealed
+from beam_envelope.formats.shard import missing_key_file, open_sealed
+from beam_envelope.formats.shard_layout import HEADER_BYTES
 from beam_envelope.io.store import key_file_path, read_small, store_of
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key, open_keys
@@ -14,7 +15,7 @@ from beam_envelope.keys.uri import Key, open_keys
 
 def open_shard_at(
     path: str, key: Key | Sequence[Key], context: Mapping[str, str] | AnyContext | None
-) -> tuple[KeyFile, io.BufferedIOBase]:
+) -> tuple[KeyFile, io.BufferedReader]:
     """Open a shard for reading.
 
     Returns:

@@ -171,7 +171,7 @@ class AwsKms(KeyProvider):
         return f"{self.provider}://{self.key_id}" + (f"?{urlencode(settings, safe=':/')}" if settings else "")
 
     def _service(self) -> tuple[str | None, ...]:
-        """Return which KMS service, with whose credentials, a request goes to; the AWS settings fill what is not given."""
+        """Return which KMS service, with whose credentials, a request goes to, also where the AWS settings say it."""
         meta = self._client("ReEncrypt").meta
         return (meta.region_name, meta.endpoint_url, self.profile)
 
@@ -187,7 +187,7 @@ class AwsKms(KeyProvider):
             raise self._not_reached(operation, error) from None
         return answer
 
-    def _client(self, operation: str) -> Any:  # boto3 clients have no static type
+    def _client(self, operation: str) -> Any:  # boto3's client
         try:
             return _client(self.region, self.profile, self.endpoint_url)
         except ValueError as error:  # botocore's own InvalidRegionError is one, too
@@ -196,18 +196,21 @@ class AwsKms(KeyProvider):
         except boto_errors.BotoCoreError as error:
             raise self._not_reached(operation, error) from None
 
-    def _refused(self, operation: str, error: boto_errors.ClientError) -> EnvelopeError:
+    def _refused(  # noqa: PLR0911  # one for each answer of KMS
+        self, operation: str, error: boto_errors.ClientError
+    ) -> EnvelopeError:
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         said = f"AWS says {code}: {error.response.get('Error', {}).get('Message') or 'no more'}"
         if code in {"AccessDeniedException", "AccessDenied"}:
             return KeyAccessError(
-                f"not allowed to use KMS key {self.key_id}: the caller needs {_PERMISSION[operation]} on it, in its IAM "
-                f"policy and in the key's policy. {said}"
+                f"not allowed to use KMS key {self.key_id}: the caller needs {_PERMISSION[operation]} on it, in its "
+                f"IAM policy and in the key's policy. {said}"
             )
         if code == "NotFoundException":
+            where = f"region {self.region}" if self.region else "the region of the AWS settings"
             return KeyAccessError(
-                f"there is no KMS key {self.key_id} in region {self.region or 'of the AWS settings'}. Check the name and "
+                f"there is no KMS key {self.key_id} in {where}. Check the name and "
                 f"the region (aws-kms://...?region=...). {said}"
             )
         if code in {"DisabledException", "KMSInvalidStateException"}:
@@ -232,8 +235,8 @@ class AwsKms(KeyProvider):
             return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {said}")
         if status >= _SERVER_ERROR or "Throttl" in code or code == "LimitExceededException":
             return KmsUnavailableError(
-                f"KMS did not serve {operation} on {self.key_id} after all retries; run the job again, or ask AWS for a "
-                f"higher KMS request quota. {said}"
+                f"KMS did not serve {operation} on {self.key_id} after all retries; run the job again, or ask AWS for "
+                f"a higher KMS request quota. {said}"
             )
         return KeyAccessError(f"KMS refused {operation} on {self.key_id}; check the AWS credentials. {said}")
 
@@ -244,7 +247,7 @@ class AwsKms(KeyProvider):
             )
         if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
             return KmsUnavailableError(
-                f"KMS could not be reached for {operation} on {self.key_id}: {error}. Check the network and the endpoint"
+                f"KMS could not be reached for {operation} on {self.key_id}: {error}. Check network and endpoint"
             )
         if isinstance(error, boto_errors.ParamValidationError):
             return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {error}")
@@ -267,7 +270,7 @@ _lock = threading.Lock()
 _clients: dict[tuple[str | None, ...], Any] = {}
 
 
-def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # boto3 clients have no static type
+def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # boto3's client
     key = (region, profile, endpoint_url)
     with _lock:
         if key not in _clients:

@@ -210,7 +210,7 @@ def _read_keyring(path: Path) -> list[dict[str, str]]:
         msg = f"the keyring {path} may not be read by this user. Run the job as its owner"
         raise KeyAccessError(msg) from None
     except OSError as error:
-        msg = f"the keyring {path} cannot be read ({error.strerror}). Name a keyring file, or make one: beam-envelope keygen"
+        msg = f"the keyring {path} cannot be read ({error.strerror}). Name another, or make one: beam-envelope keygen"
         raise KeyAccessError(msg) from None
     entries = _parse_keyring(raw)
     if entries is None:

@@ -69,7 +69,7 @@ class DataKey:
 
     @property
     def key_id(self) -> bytes:
-        """16 bytes that name this data key without revealing it: HKDF-Expand-SHA512 (RFC 5869 2.3) under its own label."""
+        """16 bytes that name this data key without revealing it: HKDF-Expand-SHA512 (RFC 5869 2.3), own label."""
         if self._key_id is None:
             kdf = HKDFExpand(hashes.SHA512(), KEY_ID_BYTES, _KEY_ID_INFO)
             self._key_id = kdf.derive(self.material)
