@@ -22,6 +22,7 @@ from rich.table import Table
 
 from beam_envelope import console, jobs
 from beam_envelope.arguments import context_of
+from beam_envelope.console import printable
 from beam_envelope.inventory import ShardEntry, list_shards
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.keys.provider import kms_calls
@@ -118,14 +119,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     console.output.print(f"{_count(len(shards), 'shard')}, {total} stored, {_count(len(keys), 'KMS key')}.")
     for entry in entries:
         if entry.problem:
-            console.output.print(f"[yellow]{escape(entry.path)}: {escape(entry.problem)}[/]", soft_wrap=True)
+            text = escape(printable(f"{entry.path}: {entry.problem}"))
+            console.output.print(f"[yellow]{text}[/]", soft_wrap=True)
     return 0
 
 
 def _row(entry: ShardEntry) -> tuple[str, ...]:
-    context = ", ".join(f"{name}={value}" for name, value in (entry.context or {}).items())
+    context = printable(", ".join(f"{name}={value}" for name, value in (entry.context or {}).items()))
+    keys = "\n".join(map(printable, entry.kms_keys))
     size = "zstd" if entry.plaintext_bytes is None else decimal(entry.plaintext_bytes)
-    return entry.path, "\n".join(entry.kms_keys), context, size, decimal(entry.stored_bytes), _age(entry.age_s())
+    return printable(entry.path), keys, context, size, decimal(entry.stored_bytes), _age(entry.age_s())
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -31,8 +32,17 @@ errors: Final = Console(stderr=True, highlight=False, soft_wrap=True)
 output: Final = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
+def printable(text: str) -> str:
+    """Return a text in which nothing moves a terminal's cursor or colours: key files and file names may be hostile."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+
+
 def describe(error: BaseException) -> str:
     """Return an error for a person: what happened, without the runner's traceback around it."""
+    return printable(_describe(error))
+
+
+def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         label = {errno.ENOSPC: "the disk is full"}.get(error.errno or 0, error.strerror)
         return f"{error.filename}: {label}"
@@ -47,7 +57,8 @@ def _last_error(text: str) -> str:
     ]
     if "Traceback (most recent call last)" in text and marks:
         text = "\n".join(lines[marks[-1] :]).partition(": ")[2]
-    return text.partition(" [while running")[0].strip()
+    text = text.partition(" [while running")[0].strip()
+    return re.sub(r"^(\w+Error: )?(\[Errno \d+\] )?", "", text)
 
 
 @contextmanager
