@@ -52,18 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(commands[words[0]], words)
     except KeyboardInterrupt:
-        console.errors.print("Interrupted. Run it again with --if-exists=skip to finish it.")
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # `beam-envelope cat ... | head`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python, at its end, would complain of the pipe
+        # Python, at its end, would complain of the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (EnvelopeError, OSError, ValueError, TypeError, RuntimeError) as error:
+        message = console.describe(error)
+        if message == KeyboardInterrupt.__name__:  # Beam has wrapped one that came in the middle of a DoFn
+            return _interrupted()
         if verbose:
             console.errors.print_exception()
-        console.errors.print(f"[bold red]beam-envelope {words[0]}:[/] {escape(console.describe(error))}")
+        console.errors.print(f"[bold red]beam-envelope {words[0]}:[/] {escape(message)}")
         return 1
+
+
+def _interrupted() -> int:
+    console.errors.print("Interrupted. Run it again with --if-exists=skip to finish it.")
+    return 130
 
 
 def _run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:

@@ -63,7 +63,7 @@ def _run_job(
     pipeline = jobs.make_pipeline(options, len(tasks), n_bytes)
     _ = pipeline | "Files" >> beam.Create(arguments.patterns) | f"{verb}Files" >> transform
     quiet = contextlib.nullcontext() if arguments.verbose else console.quiet_workers()
-    with quiet, console.JobProgress(f"{verb}ing", len(tasks), n_bytes):
+    with quiet, jobs.fail_when_a_worker_dies(), console.JobProgress(f"{verb}ing", len(tasks), n_bytes):
         result = pipeline.run()
         state = result.wait_until_finish() or result.state
     if state != PipelineState.DONE:

@@ -147,7 +147,8 @@ class JobProgress:
 
     def _print_lines(self) -> None:
         start = time.monotonic()
-        errors.print(f"{self._verb} {self._n_files} files, {decimal(self._n_bytes)} ...")
+        files = f"{self._n_files} file{'' if self._n_files == 1 else 's'}"
+        errors.print(f"{self._verb} {files}, {decimal(self._n_bytes)} ...")
         while not self._stop.wait(_LINE_S):
             counts = self._file.read()
             done = _done_bytes(counts)

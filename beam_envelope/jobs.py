@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import gc
 import os
-from collections.abc import Sequence
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import apache_beam as beam
@@ -26,6 +33,8 @@ from beam_envelope.keys.uri import open_keys
 from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
 from beam_envelope.transforms.metrics import NAMESPACE
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task, as_folder, unique_task
+
+_WAKE_UP: Final = signal.SIGUSR1
 
 SMALL_JOB_BYTES: Final = 64 << 20
 """Below this, starting worker processes takes longer than the work itself."""
@@ -123,6 +132,7 @@ def make_pipeline(options: PipelineOptions, n_tasks: int | None = None, n_bytes:
         return beam.Pipeline(options=options)
     direct = options.view_as(DirectOptions)
     chosen = {"direct_running_mode", "direct_num_workers"} & options.get_all_options(drop_default=True).keys()
+    chosen |= {word for word in options._flags or () if word.startswith("--direct_")}  # noqa: SLF001  # given, though the default
     small = n_bytes is not None and n_bytes < SMALL_JOB_BYTES
     workers = 1 if small else min(_cores(), n_tasks or 1 << 16)
     if not chosen and workers > 1:
@@ -139,6 +149,54 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1
+
+
+@contextmanager
+def fail_when_a_worker_dies() -> Iterator[None]:
+    """Let a local job end with an error when one of its worker processes dies; Beam's FnApiRunner would wait for ever.
+
+    The runner notices, in a thread of its own that nobody waits for; what that thread raises interrupts this one.
+
+    Raises:
+        EnvelopeError: a worker died.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can be woken
+        return
+    hook_before = threading.excepthook
+    died: list[str] = []
+
+    def look(thread: threading.ExceptHookArgs) -> None:
+        if "Worker subprocess exited" in str(thread.exc_value):
+            died.append(str(thread.exc_value))
+            _end_workers()  # the runner waits for each of them, also for one that has yet to start
+            os.kill(os.getpid(), _WAKE_UP)  # a flag would not end the main thread's wait
+        else:
+            hook_before(thread)
+
+    def wake_up(_signal: int, _frame: object) -> None:
+        raise EnvelopeError(
+            f"a worker process of this machine died ({died[0]}): killed, perhaps for want of memory. Finish the job "
+            "with --if-exists=skip, with fewer workers if need be (--direct_num_workers=1)"
+        )
+
+    handler_before = signal.signal(_WAKE_UP, wake_up)
+    threading.excepthook = look
+    try:
+        yield
+    finally:
+        threading.excepthook = hook_before
+        signal.signal(_WAKE_UP, handler_before)
+
+
+def _end_workers() -> None:
+    """End this process's local workers. Beam keeps no list of them; the objects that started them are all there is."""
+    for process in gc.get_objects():
+        if isinstance(process, subprocess.Popen) and "sdk_worker_main" in str(process.args):
+            with contextlib.suppress(OSError):  # the worker is a child of the shell that Beam started; Linux lists it
+                for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+            process.kill()
 
 
 def counters(result: PipelineResult) -> dict[str, int]:

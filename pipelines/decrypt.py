@@ -28,7 +28,8 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
 
     pipeline = jobs.make_pipeline(options)
     _ = pipeline | "Files" >> beam.Create(settings.patterns) | "DecryptFiles" >> jobs.decrypt_transform(settings)
-    return pipeline.run()
+    with jobs.fail_when_a_worker_dies():
+        return pipeline.run()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ SALT_BYTES: Final = 24
 COMMITMENT_BYTES: Final = 32
 HEADER_BYTES: Final = SALT_BYTES + COMMITMENT_BYTES
 MIN_SHARD_BYTES: Final = HEADER_BYTES + TAG_BYTES
-BLOCK_BYTES: Final = 16 * CHUNK_BYTES
+BLOCK_BYTES: Final = 64 * CHUNK_BYTES
 """How much the writer and the reader handle at a time."""
 MAX_CHUNKS: Final = 2**38
 

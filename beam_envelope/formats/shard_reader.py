@@ -180,7 +180,11 @@ class RawShardReader(io.RawIOBase):
         self.chunks_decrypted += count
 
     def _fetch(self, start: int, size: int) -> memoryview:
-        """Return ciphertext, in a buffer that the next call reuses."""
+        """Return ciphertext, in a buffer that the next call reuses, or in the stream's own if it is in memory."""
+        if type(self._stream) is io.BytesIO:
+            held = self._stream.getbuffer()[start : start + size]
+            if len(held) == size:
+                return held
         if start != self._stream_position:
             self._stream.seek(start)
         target = self._sealed[:size]

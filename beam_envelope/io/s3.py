@@ -1,7 +1,7 @@
 """S3 objects as files: a reader that asks for what it needs, and an output that S3 shows only after `commit`.
 
 Beam's own S3 writer completes an upload when it is garbage collected or its block raises, and Beam makes a new boto3
-session for each call; hence this module. It reads Beam's S3 options, so `--s3_endpoint_url` and the others hold here too.
+session for each call; hence this module. Beam's S3 options (`--s3_endpoint_url` and the others) hold here too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from beam_envelope.formats.output import Buffer, check_key_file
 PART_BYTES: Final = 8 << 20
 _MAX_PARTS: Final = 10_000  # "Amazon S3 multipart upload limits", Amazon S3 User Guide
 _UPLOADS: Final = 2  # parts of one object on their way at a time, while the next one fills
-_CONNECTIONS: Final = (
-    50  # that a client keeps open for its threads, each of which may read one object and write another
-)
+_CONNECTIONS: Final = 50  # kept open for the threads of a process; each may read one object and write another
 _READ_BYTES: Final = 1 << 20
 _READ_TRIES: Final = 4
 _BINARY: Final = "application/octet-stream"
+_QUOTED: Final = re.compile(r"\[([*?\[])\]")  # how a glob says that it means the character (io.store.quote_glob)
+_FIXED: Final = re.compile(rf"(?:[^*?\[]|{_QUOTED.pattern})*")
 _BROKEN_STREAM: Final = (
     boto_errors.ReadTimeoutError,
     boto_errors.ResponseStreamingError,
@@ -79,13 +79,15 @@ class S3Store:
     def match(self, pattern: str) -> Iterator[FileMetadata]:
         """Yield the objects that match a glob, by one listing of its fixed part. Raises OSError."""
         bucket, key = _split(pattern)
-        prefix = key[: _first_glob(key)]
+        fixed = _FIXED.match(key)[0]  # type: ignore[index]  # it matches at least the empty string
+        scope = {"Bucket": bucket, "Prefix": _QUOTED.sub(r"\1", fixed)}
         # Only ** reaches below the folder, but Beam's ? and [...] match a slash as well.
-        one_folder = not re.search(r"\*\*|[?\[/]", key[len(prefix) :])
-        compiled = re.compile(FileSystem.translate_pattern(pattern))
+        if not re.search(r"\*\*|[?\[/]", key[len(fixed) :]):
+            scope["Delimiter"] = "/"
+        # Python warns of a [ inside of a set, which is how a glob quotes it.
+        compiled = re.compile(FileSystem.translate_pattern(pattern).replace("[[]", r"\["))
         with _as_os_errors(pattern, "s3:ListBucket"):
-            pages = s3_client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/" if one_folder else ""):
+            for page in s3_client().get_paginator("list_objects_v2").paginate(**scope):
                 for item in page.get("Contents", ()):
                     path = f"s3://{bucket}/{item['Key']}"
                     if compiled.match(path) and not path.endswith("/"):
@@ -121,8 +123,10 @@ class S3Store:
 class S3Output:
     """An S3 object in the making: parts of equal size, which S3 shows as an object only when `commit` completes them.
 
-    At most three parts are in memory: one that fills, and two on their way. A killed writer leaves an incomplete
-    multipart upload that no reader sees; a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
+    Two parts are on their way while the next one fills: with copies in between, the memory of four or five.
+
+    A killed writer leaves an incomplete multipart upload that no reader sees; a lifecycle rule
+    (`AbortIncompleteMultipartUpload`) removes it.
     """
 
     def __init__(self, path: str, *, overwrite: bool, size_hint: int) -> None:
@@ -133,8 +137,11 @@ class S3Output:
             OSError: S3 cannot be asked.
         """
         self.name = path
-        self._bucket, self._key = _split(path)
-        self._place = {"Bucket": self._bucket, "Key": self._key}
+        bucket, key = _split(path)
+        folder, slash, name = key.rpartition("/")
+        self._place = {"Bucket": bucket, "Key": key}
+        self._key_file_place = {"Bucket": bucket, "Key": folder + slash + key_file_name(name)}
+        self._key_file_path = f"s3://{bucket}/{self._key_file_place['Key']}"
         self._overwrite = overwrite
         self._size_hint = size_hint * 101 // 100
         self._part_bytes = max(PART_BYTES, self._size_hint // (_MAX_PARTS - 1))
@@ -170,6 +177,8 @@ class S3Output:
         """
         if self._upload_id is not None and self._buffer:
             self._upload_part()
+        with _as_os_errors(self.name, "s3:PutObject"):
+            parts = [part.result() for part in self._parts]  # all are there, before anything visible changes
         if not self._overwrite:
             self._refuse_existing()
         elif self._key_file is not None and S3Store().size(self.name) is not None:
@@ -181,13 +190,8 @@ class S3Output:
             if self._upload_id is None:
                 self._make(s3_client().put_object, **self._place, Body=bytes(self._buffer), ContentType=_BINARY)
             else:
-                parts = {"Parts": [part.result() for part in self._parts]}
-                self._make(
-                    s3_client().complete_multipart_upload,
-                    **self._place,
-                    UploadId=self._upload_id,
-                    MultipartUpload=parts,
-                )
+                upload = {"UploadId": self._upload_id, "MultipartUpload": {"Parts": parts}}
+                self._make(s3_client().complete_multipart_upload, **self._place, **upload)
         self._upload_id = None
         self._pool.shutdown()
         if self._key_file is not None:
@@ -195,9 +199,9 @@ class S3Output:
 
     def abort(self) -> None:
         """Drop the parts."""
-        upload_id, self._upload_id = self._upload_id, None
         self._pool.shutdown(cancel_futures=True)  # S3 would keep a part that comes after its upload was aborted
         self._buffer = bytearray()
+        upload_id, self._upload_id = self._upload_id, None
         if upload_id is not None:
             with contextlib.suppress(boto_errors.BotoCoreError, boto_errors.ClientError):
                 s3_client().abort_multipart_upload(**self._place, UploadId=upload_id)
@@ -221,19 +225,13 @@ class S3Output:
         return {"ETag": answer["ETag"], "PartNumber": number}
 
     def _put_key_file(self, data: bytes) -> None:
-        place = self._key_file_place()
-        with _as_os_errors(_join(place), "s3:PutObject"):
-            self._make(s3_client().put_object, **place, Body=data, ContentType="application/json")
+        with _as_os_errors(self._key_file_path, "s3:PutObject"):
+            self._make(s3_client().put_object, **self._key_file_place, Body=data, ContentType="application/json")
 
     def _check_key_file(self, data: bytes) -> None:
-        place = self._key_file_place()
-        with _as_os_errors(_join(place), "s3:GetObject"):
-            found = s3_client().get_object(**place)["Body"].read()
+        with _as_os_errors(self._key_file_path, "s3:GetObject"):
+            found = s3_client().get_object(**self._key_file_place)["Body"].read()
         check_key_file(found, data, self.name)
-
-    def _key_file_place(self) -> dict[str, str]:
-        folder, slash, name = self._key.rpartition("/")
-        return {"Bucket": self._bucket, "Key": folder + slash + key_file_name(name)}
 
     def _make(self, request: Callable[..., Any], **arguments: Any) -> None:
         """Make an object; without `overwrite`, S3 refuses if another writer made it since we looked."""
@@ -319,3 +317,67 @@ class _RawS3Reader(io.RawIOBase):
         body, self._body = getattr(self, "_body", None), None
         if body is not None:
             body.close()
+
+
+def _split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise ValueError(f"{path!r} names no bucket; an object is s3://BUCKET/NAME")
+    return bucket, key
+
+
+def _settings(options: PipelineOptions | dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    """Return Beam's S3 options, whichever form they have, as something that can be a key."""
+    if not isinstance(options, dict):
+        options = (options or PipelineOptions([])).view_as(S3Options).get_all_options()
+    return tuple((name, options[name]) for name in sorted(options) if name.startswith("s3_"))
+
+
+def _new_client(options: dict[str, Any]) -> Any:
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=options.get("s3_endpoint_url"),
+        region_name=options.get("s3_region_name"),
+        api_version=options.get("s3_api_version"),
+        verify=options.get("s3_verify"),
+        use_ssl=not options.get("s3_disable_ssl"),
+        aws_access_key_id=options.get("s3_access_key_id"),
+        aws_secret_access_key=options.get("s3_secret_access_key"),
+        aws_session_token=options.get("s3_session_token"),
+        config=Config(max_pool_connections=_CONNECTIONS, user_agent_extra="beam-envelope"),
+    )
+
+
+@contextmanager
+def _as_os_errors(path: str, permission: str) -> Iterator[None]:
+    """Turn boto3's errors into the OSError that a local file would give, saying what to do."""
+    try:
+        yield
+    except boto_errors.ClientError as error:
+        raise _refused(error, path, permission) from None
+    except boto_errors.BotoCoreError as error:
+        raise OSError(errno.EIO, f"S3 could not be used: {error}", path) from None
+
+
+def _refused(error: boto_errors.ClientError, path: str, permission: str) -> OSError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    said = f"S3 says {code}: {error.response.get('Error', {}).get('Message', '')}"
+    number, text = errno.EIO, said
+    if code == "NoSuchBucket":
+        number, text = errno.ENOENT, "there is no such bucket; check its name and the endpoint"
+    elif code == "NoSuchUpload":
+        number, text = errno.ESTALE, "somebody, or a lifecycle rule, removed its unfinished upload. Write it again"
+    elif code == "AccessDenied":
+        number, text = errno.EACCES, f"access denied; the caller needs {permission} on it. {said}"
+    elif code == "403":  # the answer to a HEAD, which has no text
+        number, text = errno.EACCES, f"access denied; the caller needs {permission} on it, and valid credentials"
+    elif status == 403:  # noqa: PLR2004  # HTTP; SignatureDoesNotMatch and its like
+        number, text = errno.EACCES, f"S3 does not take these credentials; check them. {said}"
+    elif status == 404:  # noqa: PLR2004  # HTTP
+        number, text = errno.ENOENT, "there is no such object"
+    elif status == 412 and error.operation_name == "GetObject":  # noqa: PLR2004  # HTTP
+        number, text = errno.ESTALE, "it was replaced while it was read. Read it again when nobody writes it"
+    elif status == 412 or code == "ConditionalRequestConflict":  # noqa: PLR2004  # HTTP
+        number, text = errno.EEXIST, "another writer made it meanwhile, or a killed one left it; choose to overwrite it"
+    return OSError(number, text, path)  # which Python makes a FileNotFoundError, PermissionError or FileExistsError

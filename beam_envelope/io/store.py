@@ -153,7 +153,7 @@ class LocalStore:
     def size(self, path: str) -> int | None:
         """Return the size, or None where there is no file, or a folder."""
         try:
-            return None if Path(path).is_dir() else self._regular_size(path)
+            return None if self.is_folder(path) else self._regular_size(path)
         except OSError as error:
             if error.errno in _NO_SUCH_FILE:
                 return None
@@ -161,7 +161,7 @@ class LocalStore:
 
     def is_folder(self, path: str) -> bool:
         """Whether it is a folder."""
-        return Path(path).is_dir()
+        return os.path.isdir(path)  # False, not an error, for a name that is too long
 
     def open(self, path: str) -> BinaryIO:
         """Open without a buffer: callers read whole blocks."""

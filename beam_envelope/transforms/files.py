@@ -21,11 +21,8 @@ from beam_envelope.errors import (
 )
 from beam_envelope.formats.keyfile import COMPRESSIONS, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.output import Output
-from beam_envelope.formats.shard import (
-    ShardWriter,
-    plaintext_size,
-    shard_size,
-)
+from beam_envelope.formats.shard_layout import plaintext_size, shard_size
+from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
@@ -245,6 +242,10 @@ class _FileDoFn(beam.DoFn):
             if not self._catch:
                 raise
             yield beam.pvalue.TaggedOutput("failed", _failed(task.source, error))
+        except OSError as error:
+            if error.filename is None:  # as of a full disk: of a thousand files, which?
+                error.filename, error.filename2 = task.source, task.target
+            raise
 
     def do(self, task: Task, progress: Progress) -> EncryptedFile | DecryptedFile:
         raise NotImplementedError

@@ -51,7 +51,7 @@ def read_header(stream: BinaryIO, lines: int, part_start: int) -> bytes:
     """
     stream.seek(0)
     limit = min(MAX_HEADER_BYTES, part_start)
-    head = b"".join(blocks(stream, 0, limit, _SEARCH_BYTES))
+    head = b"".join(bytes(block) for block in blocks(stream, 0, limit, _SEARCH_BYTES))  # they share one buffer
     end = 0
     for _ in range(lines):
         end = head.find(b"\n", end) + 1

@@ -21,7 +21,7 @@ from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.keys.provider import kms_calls
 from beam_envelope.testing import find_plaintext
-from tests.io.filesystem_conformance import CANARY, FileSystemConformance, read, write
+from beam_envelope.testing.filesystem import CANARY, FileSystemConformance, read, write
 
 LINES = [f"CANARY-LINE-{number:05}" for number in range(3000)]
 

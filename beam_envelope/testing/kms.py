@@ -1,0 +1,383 @@
+"""`FakeKms`: a strict AWS KMS over HTTP, in this process.
+
+It refuses what AWS refuses. Lenient imitations take another encryption context, the wrong key or a disabled key, and so
+pass code that would fail, or worse, in production.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Final, Literal, final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+_HEADER_BYTES: Final = 107  # so that a wrapped key of 32 bytes has 167, as those of AWS
+_NONCE_BYTES: Final = 12
+_MAX_PLAINTEXT_BYTES: Final = 4096
+_MAX_CIPHERTEXT_BYTES: Final = 6144
+_MAX_DATA_KEY_BYTES: Final = 1024
+_MAX_CONTEXT_BYTES: Final = 8192
+
+State = Literal["Enabled", "Disabled", "PendingDeletion"]
+
+
+@dataclass
+class _Key:
+    arn: str
+    secret: bytes
+    state: State = "Enabled"
+
+
+class _Refusal(Exception):  # noqa: N818  # what AWS answers, not an error of ours
+    """An answer of AWS that is no success."""
+
+    def __init__(self, code: str, message: str | None = None, status: int = 400) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code, self.message, self.status = code, message, status
+
+
+@final
+class FakeKms:
+    """An AWS KMS that speaks AWS's protocol on 127.0.0.1, to boto3 in this process and its children.
+
+    As strict as AWS: the encryption context must be the same pair for pair, the `KeyId` of Decrypt and the
+    `SourceKeyId` of ReEncrypt must name the key that wrapped, and keys have states. It knows symmetric keys,
+    and GenerateDataKey, Encrypt, Decrypt, ReEncrypt and DescribeKey. Safe to use from several threads.
+
+    Args:
+        region: requests signed for another are refused, as are ARNs of another.
+        account: ARNs of another account are refused.
+
+    Example:
+        >>> with FakeKms() as kms:
+        ...     kms.create_key("etl")
+        ...     os.environ.update(kms.environment())
+        ...     run_pipeline("aws-kms://alias/etl")
+        ...     kms.disable_key("alias/etl")
+    """
+
+    def __init__(self, *, region: str = "us-east-1", account: str = "111122223333") -> None:
+        self.region = region
+        self.account = account
+        self._lock = threading.RLock()
+        self._keys: dict[str, _Key] = {}
+        self._aliases: dict[str, str] = {}
+        self._denied: set[tuple[str, str | None]] = set()
+        self._calls: Counter[str] = Counter()
+        self._failures = 0
+        self._failure = _Refusal("")
+        self._server: _Server | None = None
+
+    def __enter__(self) -> FakeKms:
+        """Start to serve."""
+        self._server = _Server(self)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Stop to serve and cut every connection: clients then find nobody."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where it serves: `AwsKms(..., endpoint_url=kms.endpoint_url)`.
+
+        Raises:
+            RuntimeError: outside the `with` block.
+        """
+        if self._server is None:
+            raise RuntimeError("FakeKms serves inside its with block only")
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that lead boto3 here, and to no settings of the user's."""
+        return {
+            "AWS_ENDPOINT_URL_KMS": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": "AKIAFAKEKMSFAKEKMS00",
+            "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+            "AWS_REGION": self.region,
+            "AWS_DEFAULT_REGION": self.region,  # the one that boto3 reads
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How many requests came for each operation, those refused and tried again too. A copy."""
+        with self._lock:
+            return self._calls.copy()
+
+    def create_key(self, alias: str | None = None) -> str:
+        """Make a key and return its ARN; `alias` (with or without `alias/`) names it from now on."""
+        key = _Key(f"{self._arn_prefix}key/{uuid.uuid4()}", secrets.token_bytes(32))
+        with self._lock:
+            self._keys[key.arn] = key
+            if alias is not None:
+                self._aliases[f"{self._arn_prefix}alias/{alias.removeprefix('alias/')}"] = key.arn
+        return key.arn
+
+    def disable_key(self, key: str) -> None:
+        """Disable a key: nothing can be done with it until `enable_key`."""
+        self._find(key).state = "Disabled"
+
+    def enable_key(self, key: str) -> None:
+        """Enable a key, also one that was to be deleted."""
+        self._find(key).state = "Enabled"
+
+    def schedule_key_deletion(self, key: str) -> None:
+        """Start the wait after which AWS deletes a key: nothing can be done with it."""
+        self._find(key).state = "PendingDeletion"
+
+    def deny(self, operation: str, key: str | None = None) -> None:
+        """Refuse an operation, on one key or all; of ReEncrypt it is `ReEncryptFrom` or `ReEncryptTo`."""
+        with self._lock:
+            self._denied.add((operation, None if key is None else self._find(key).arn))
+
+    def allow(self, operation: str, key: str | None = None) -> None:
+        """Take back what `deny` with the same arguments did."""
+        with self._lock:
+            self._denied.discard((operation, None if key is None else self._find(key).arn))
+
+    def throttle(self, n: int) -> None:
+        """Refuse the next `n` requests as too many (ThrottlingException), and forget earlier plans."""
+        self.fail(n, "ThrottlingException", 400)
+
+    def fail(self, n: int, code: str = "KMSInternalException", status: int = 500) -> None:
+        """Answer the next `n` requests with an error of AWS, and forget earlier plans."""
+        with self._lock:
+            self._failures, self._failure = n, _Refusal(code, "planned by the test", status)
+
+    @property
+    def _arn_prefix(self) -> str:
+        return f"arn:aws:kms:{self.region}:{self.account}:"
+
+    def _find(self, key_id: Any) -> _Key:
+        """Return the key that a key id, key ARN, alias or alias ARN names."""
+        if not isinstance(key_id, str) or not key_id:
+            raise _invalid(key_id, "keyId")
+        arn = key_id
+        if not key_id.startswith("arn:"):
+            arn = self._arn_prefix + (key_id if key_id.startswith("alias/") else f"key/{key_id}")
+        elif not key_id.startswith(f"arn:aws:kms:{self.region}:"):
+            raise _Refusal("NotFoundException", f"Invalid arn {key_id.split(':')[3]}")
+        if ":alias/" in arn and arn not in self._aliases:
+            raise _Refusal("NotFoundException", f"Alias {arn} is not found.")
+        key = self._keys.get(self._aliases.get(arn, arn))
+        if key is None:
+            raise _Refusal("NotFoundException", f"Key '{arn}' does not exist")
+        return key
+
+    def _usable(self, key_id: Any, permission: str) -> _Key:
+        """Return a key that the caller may use now."""
+        if str(key_id).startswith("arn:") and f":{self.account}:" not in key_id:
+            raise self._access_denied(permission, key_id)
+        key = self._find(key_id)
+        if {(permission, None), (permission, key.arn)} & self._denied:
+            raise self._access_denied(permission, key.arn)
+        if key.state == "Disabled":
+            raise _Refusal("DisabledException", f"{key.arn} is disabled.")
+        if key.state == "PendingDeletion":
+            raise _Refusal("KMSInvalidStateException", f"{key.arn} is pending deletion.")
+        return key
+
+    def _access_denied(self, permission: str, arn: str) -> _Refusal:
+        user, action = f"arn:aws:iam::{self.account}:user/beam", f"kms:{permission}"
+        said = f"User: {user} is not authorized to perform: {action} on resource: {arn}"
+        because = f"because no identity-based policy allows the {action} action"
+        return _Refusal("AccessDeniedException", f"{said} {because}")
+
+    def _answer(self, operation: str, request: Mapping[str, Any], signed_for: str | None) -> dict[str, Any]:
+        """Answer one request. Raises _Refusal."""
+        with self._lock:
+            self._calls[operation] += 1
+            if self._failures > 0:
+                self._failures -= 1
+                raise self._failure
+            if signed_for is None:
+                raise _Refusal("MissingAuthenticationTokenException")
+            if signed_for != self.region:
+                raise _Refusal("InvalidSignatureException", "Credential should be scoped to a valid region.")
+            if operation not in _OPERATIONS:
+                raise _Refusal("UnknownOperationException")
+            return _OPERATIONS[operation](self, request)
+
+    def _describe_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        key = self._find(request.get("KeyId"))
+        name = {"AWSAccountId": self.account, "KeyId": key.arn.rpartition("/")[2], "Arn": key.arn}
+        kind = {"KeyUsage": "ENCRYPT_DECRYPT", "KeySpec": "SYMMETRIC_DEFAULT", "KeyState": key.state}
+        return {"KeyMetadata": {**name, **kind, "Enabled": key.state == "Enabled"}}
+
+    def _generate_data_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        key = self._usable(request.get("KeyId"), "GenerateDataKey")
+        if ("NumberOfBytes" in request) == ("KeySpec" in request):
+            raise _Refusal("ValidationException", "Please specify either number of bytes or key spec.")
+        size = request.get("NumberOfBytes", {"AES_256": 32, "AES_128": 16}.get(request.get("KeySpec", "")))
+        if not isinstance(size, int) or not 1 <= size <= _MAX_DATA_KEY_BYTES:
+            raise _invalid(size, "numberOfBytes")
+        plaintext = secrets.token_bytes(size)
+        wrapped = _seal(key, plaintext, _context(request, "EncryptionContext"))
+        return {"KeyId": key.arn, "Plaintext": _text(plaintext), "CiphertextBlob": wrapped}
+
+    def _encrypt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        key = self._usable(request.get("KeyId"), "Encrypt")
+        plaintext = _bytes(request, "Plaintext", _MAX_PLAINTEXT_BYTES)
+        wrapped = _seal(key, plaintext, _context(request, "EncryptionContext"))
+        return {"KeyId": key.arn, "CiphertextBlob": wrapped}
+
+    def _decrypt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        blob = _bytes(request, "CiphertextBlob", _MAX_CIPHERTEXT_BYTES)
+        key = self._source(blob, request.get("KeyId"), "Decrypt")
+        plaintext = _unseal(key, blob, _context(request, "EncryptionContext"))
+        return {"KeyId": key.arn, "Plaintext": _text(plaintext)}
+
+    def _re_encrypt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        blob = _bytes(request, "CiphertextBlob", _MAX_CIPHERTEXT_BYTES)
+        source = self._source(blob, request.get("SourceKeyId"), "ReEncryptFrom")
+        target = self._usable(request.get("DestinationKeyId"), "ReEncryptTo")
+        plaintext = _unseal(source, blob, _context(request, "SourceEncryptionContext"))
+        wrapped = _seal(target, plaintext, _context(request, "DestinationEncryptionContext"))
+        return {"KeyId": target.arn, "SourceKeyId": source.arn, "CiphertextBlob": wrapped}
+
+    def _source(self, blob: bytes, key_id: Any, permission: str) -> _Key:
+        """Return the key that wrapped `blob`; if the caller names a key, it must be that one."""
+        wrapped_by = self._keys.get(blob[1:_HEADER_BYTES].rstrip(b"\x00").decode("ascii", "replace"))
+        key = None if key_id is None else self._usable(key_id, permission)
+        if wrapped_by is None:
+            raise _Refusal("InvalidCiphertextException")
+        if key is None:
+            return self._usable(wrapped_by.arn, permission)
+        if key is not wrapped_by:
+            said = "The key ID in the request does not identify a CMK that can perform this operation."
+            raise _Refusal("IncorrectKeyException", said)
+        return key
+
+
+_OPERATIONS: Final = {
+    "Decrypt": FakeKms._decrypt,  # noqa: SLF001  # part of it
+    "DescribeKey": FakeKms._describe_key,  # noqa: SLF001
+    "Encrypt": FakeKms._encrypt,  # noqa: SLF001
+    "GenerateDataKey": FakeKms._generate_data_key,  # noqa: SLF001
+    "ReEncrypt": FakeKms._re_encrypt,  # noqa: SLF001
+}
+
+
+def _seal(key: _Key, plaintext: bytes, context: bytes) -> str:
+    header = b"\x01" + key.arn.encode().ljust(_HEADER_BYTES - 1, b"\x00")
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return _text(header + nonce + AESGCM(key.secret).encrypt(nonce, plaintext, header + context))
+
+
+def _unseal(key: _Key, blob: bytes, context: bytes) -> bytes:
+    header, sealed = blob[:_HEADER_BYTES], blob[_HEADER_BYTES:]
+    try:
+        return AESGCM(key.secret).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], header + context)
+    except (InvalidTag, ValueError):
+        raise _Refusal("InvalidCiphertextException") from None  # AWS says no more than that
+
+
+def _context(request: Mapping[str, Any], member: str) -> bytes:
+    """Return the encryption context in a form that no other context has."""
+    context = request.get(member) or {}
+    if not isinstance(context, dict) or not all(isinstance(value, str) for value in context.values()):
+        raise _Refusal("SerializationException", f"{member} maps strings to strings")
+    encoded = json.dumps(context, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+    if len(encoded) > _MAX_CONTEXT_BYTES:
+        raise _invalid("too large", member)
+    return encoded
+
+
+def _bytes(request: Mapping[str, Any], member: str, limit: int) -> bytes:
+    try:
+        data = base64.b64decode(request[member], validate=True)
+    except (KeyError, TypeError, ValueError):
+        raise _Refusal("SerializationException", f"{member} is missing or not base64") from None
+    if not 1 <= len(data) <= limit:
+        raise _invalid(f"of {len(data)} bytes", member)
+    return data
+
+
+def _invalid(value: object, member: str) -> _Refusal:
+    said = f"1 validation error detected: Value {value} at '{member}' failed to satisfy constraint"
+    return _Refusal("ValidationException", said)
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+class _Server(ThreadingHTTPServer):
+    """The HTTP server; it remembers its connections, which clients keep open, to cut them at the end."""
+
+    daemon_threads = True
+
+    def __init__(self, kms: FakeKms) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.kms = kms
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing about a client that went away."""
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+        for connection in self._connections.copy():
+            super().shutdown_request(connection)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """JSON 1.1 as AWS has it: smithy.io, "AWS JSON 1.1 protocol"."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet per answer
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        operation = self.headers.get("X-Amz-Target", "").removeprefix("TrentService.")
+        scope = re.search(r"Credential=[^/]+/\d{8}/([^/]+)/kms/", self.headers.get("Authorization", ""))
+        try:
+            try:
+                request = json.loads(body)
+            except ValueError:
+                raise _Refusal("SerializationException", "the request is not JSON") from None
+            status = 200
+            answer = self.server.kms._answer(operation, request, scope and scope[1])  # noqa: SLF001  # its other half
+        except _Refusal as refusal:
+            status, answer = refusal.status, {"__type": refusal.code}
+            if refusal.message is not None:
+                answer["message"] = refusal.message
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/x-amz-json-1.1")
+        self.send_header("x-amzn-RequestId", str(uuid.uuid4()))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is http.server's
+        """Say nothing."""
