@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from beam_envelope.formats.keyfile import KeyFile, WrappedDataKey
 from beam_envelope.formats.output import StreamOutput
-from beam_envelope.formats.shard import ShardWriter
+from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import DataKey, WrappedKey
 
