@@ -23,6 +23,7 @@ from benchmarks.memory import measure_peak
 from benchmarks.results import Measurement
 from benchmarks.settings import FULL, MIB, QUICK, Say, Settings
 from benchmarks.shards import measure_memory, measure_random
+from benchmarks.text import measure_text
 
 _RESULTS: Final = Path(__file__).parent / "results"
 _PEERS: Final = ("aws_encryption_sdk", "pyrage")
@@ -33,6 +34,7 @@ MEASUREMENTS: Final[dict[str, Callable[[Settings, Say], Measurement]]] = {
     "jobs": measure_jobs,
     "memory": measure_peak,
     "random": measure_random,
+    "text": measure_text,
 }
 
 

@@ -26,6 +26,7 @@ class Settings:
         job_rounds: how often each job runs.
         small_bytes: the small file of `memory`.
         large_bytes: the large file of `memory`.
+        text_bytes: bytes of lines in `text`.
         random_bytes: the shard of `random`.
         random_reads: how many reads `random` makes in a round.
         folder: where files are made; None chooses one, in memory if there is room.
@@ -38,6 +39,7 @@ class Settings:
     job_rounds: int = 3
     small_bytes: int = 64 * MIB
     large_bytes: int = 4 * GIB
+    text_bytes: int = 64 * MIB
     random_bytes: int = GIB
     random_reads: int = 2000
     folder: Path | None = None
@@ -50,6 +52,7 @@ QUICK: Final = Settings(
     rounds=3,
     job_rounds=1,
     large_bytes=512 * MIB,
+    text_bytes=8 * MIB,
     random_bytes=64 * MIB,
     random_reads=500,
 )

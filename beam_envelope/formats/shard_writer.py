@@ -18,6 +18,8 @@ from beam_envelope.formats.output import Buffer, Output
 from beam_envelope.formats.shard_layout import BLOCK_BYTES, CHUNK_BYTES, shard_size
 from beam_envelope.keys.provider import DataKey
 
+_SMALL_BYTES: Final = 4096
+_GATHER_BYTES: Final = 4 * CHUNK_BYTES
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -48,6 +50,7 @@ class ShardWriter(io.BufferedIOBase):
         self.ciphertext_bytes = 0
         self._output: Output | None = output
         self._broken = False
+        self._small = bytearray()
         # Two processes that go on with one writer would encrypt different data under one nonce.
         self._pid = os.getpid()
         self._handled_at_start = sys.exc_info()[1]
@@ -75,13 +78,16 @@ class ShardWriter(io.BufferedIOBase):
             OSError: from the output.
         """
         output = self._open_output()
+        if type(data) is bytes and len(data) <= _SMALL_BYTES:
+            # Lines and the like: gathering them costs a tenth of a call to the cipher for each.
+            self._small += data
+            self.plaintext_bytes += len(data)
+            if len(self._small) >= _GATHER_BYTES:
+                self._write_small(output)
+            return len(data)
+        self._write_small(output)
         with memoryview(data) as view, view.cast("B") as octets:
-            # A write that fails midway leaves a gap: writing on, or finishing, would make a shard that never opens.
-            self._broken = True
-            for start in range(0, len(octets), BLOCK_BYTES):
-                block = octets[start : start + BLOCK_BYTES]
-                self._encrypt(output, block if self._compressor is None else self._compressor.compress(block))
-            self._broken = False
+            self._write_blocks(output, octets)
             self.plaintext_bytes += len(octets)
             return len(octets)
 
@@ -102,6 +108,7 @@ class ShardWriter(io.BufferedIOBase):
             return
         try:
             output = self._open_output()
+            self._write_small(output)
             if self._compressor is not None:
                 self._encrypt(output, self._compressor.flush())
             self._pass_on(output, self._encryptor.finalize())
@@ -153,6 +160,21 @@ class ShardWriter(io.BufferedIOBase):
             msg = f"an earlier write to {self.name} failed, so it is dropped. Write it again from the start"
             raise ValueError(msg)
         return self._output
+
+    def _write_small(self, output: Output) -> None:
+        """Pass on what small writes have gathered."""
+        if self._small:
+            small, self._small = self._small, bytearray()
+            with memoryview(small) as octets:
+                self._write_blocks(output, octets)
+
+    def _write_blocks(self, output: Output, octets: memoryview) -> None:
+        # A write that fails midway leaves a gap: writing on, or finishing, would make a shard that never opens.
+        self._broken = True
+        for start in range(0, len(octets), BLOCK_BYTES):
+            block = octets[start : start + BLOCK_BYTES]
+            self._encrypt(output, block if self._compressor is None else self._compressor.compress(block))
+        self._broken = False
 
     def _encrypt(self, output: Output, data: Buffer) -> None:
         for start in range(0, len(data), BLOCK_BYTES):

@@ -28,7 +28,7 @@ from beam_envelope import (
 )
 from beam_envelope.formats.keyfile import TEMPORARY_PREFIX, is_internal
 from beam_envelope.formats.shard_layout import CHUNK_BYTES, plaintext_size, shard_size
-from beam_envelope.fsspec import EnvelopeFsspecFileSystem
+from beam_envelope.fsspec import EnvelopeFsspecFileSystem, output
 from tests.fsspec.conftest import CANARY, CONTEXT, everything
 from tests.test_imports import loaded_by
 
@@ -626,6 +626,21 @@ class TestCopyMoveRemove:
         fs.pipe_file(f"{folder}/b.bin", b"old")
         getattr(fs, name)(path, f"{folder}/b.bin")
         assert fs.cat_file(f"{folder}/b.bin") == DATA
+
+    @pytest.mark.parametrize("name", ["cp_file", "mv"])
+    def test_no_shard_stands_beside_the_key_file_of_another(self, fs, inner, folder, path, name, monkeypatch):
+        fs.pipe_file(f"{folder}/b.bin", b"old")
+        there = []
+        owner, attribute = (output, "write_atomically") if fs._local else (inner, "pipe_file")
+        write = getattr(owner, attribute)
+
+        def note(*arguments):
+            there.append(inner.exists(f"{folder}/b.bin"))
+            write(*arguments)
+
+        monkeypatch.setattr(owner, attribute, note)
+        getattr(fs, name)(path, f"{folder}/b.bin")
+        assert there == [False]
 
     @pytest.mark.parametrize("name", ["cp_file", "mv"])
     def test_onto_itself_changes_nothing(self, fs, folder, path, name):
