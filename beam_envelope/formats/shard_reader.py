@@ -53,7 +53,8 @@ class RawShardReader(io.RawIOBase):
 
         stream.seek(0)
         self._stream_position = 0
-        header = bytes(self._fetch(0, HEADER_BYTES))
+        with self._fetch(0, HEADER_BYTES) as view:
+            header = bytes(view)
         info = _HKDF_INFO + header[:SALT_BYTES] + binding
         size_of_derived = _AES_KEY_BYTES + _NONCE_BYTES + COMMITMENT_BYTES
         derived = HKDFExpand(hashes.SHA512(), size_of_derived, info).derive(data_key.material)
@@ -120,6 +121,8 @@ class RawShardReader(io.RawIOBase):
                 count = whole * CHUNK_BYTES
                 self._decrypt_whole(chunk, whole, target[:count])
             self._position += count
+            if self._position == self._size:
+                self._check_end()  # who reads just as many bytes as there are never asks for what comes after
             return count
 
     def readall(self) -> bytes:
@@ -148,10 +151,10 @@ class RawShardReader(io.RawIOBase):
         if chunk == self._chunk_number:
             return
         size = self._size % CHUNK_BYTES if chunk == self._last_chunk else CHUNK_BYTES
-        sealed = self._fetch(HEADER_BYTES + chunk * SEALED_CHUNK_BYTES, size + TAG_BYTES)
         self._chunk_number = -1
         try:
-            self._aead.decrypt_into(self._nonce(chunk), sealed, None, self._chunk[:size])
+            with self._fetch(HEADER_BYTES + chunk * SEALED_CHUNK_BYTES, size + TAG_BYTES) as sealed:
+                self._aead.decrypt_into(self._nonce(chunk), sealed, None, self._chunk[:size])
         except InvalidTag:
             self._refuse(chunk, chunk)
         self.chunks_decrypted += 1
@@ -160,27 +163,30 @@ class RawShardReader(io.RawIOBase):
 
     def _decrypt_whole(self, chunk: int, count: int, target: memoryview) -> None:
         """Decrypt `count` full chunks from `chunk` on into `target`."""
-        sealed = self._fetch(HEADER_BYTES + chunk * SEALED_CHUNK_BYTES, count * SEALED_CHUNK_BYTES)
         try:
-            if chunk == self._native_chunk:
-                self._native_chunk = -1  # a decryptor that has failed is of no more use
-                self._native.update_into(sealed, target)
-                self._native_chunk = chunk + count
-            else:
-                for number in range(count):
-                    self._aead.decrypt_into(
-                        self._nonce(chunk + number),
-                        sealed[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES],
-                        None,
-                        target[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES],
-                    )
+            with self._fetch(HEADER_BYTES + chunk * SEALED_CHUNK_BYTES, count * SEALED_CHUNK_BYTES) as sealed:
+                if chunk == self._native_chunk:
+                    self._native_chunk = -1  # a decryptor that has failed is of no more use
+                    self._native.update_into(sealed, target)
+                    self._native_chunk = chunk + count
+                else:
+                    for number in range(count):
+                        self._aead.decrypt_into(
+                            self._nonce(chunk + number),
+                            sealed[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES],
+                            None,
+                            target[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES],
+                        )
         except InvalidTag:
             target[:] = bytes(len(target))  # what a failed batch left there must not be read
             self._refuse(chunk, chunk + count - 1)
         self.chunks_decrypted += count
 
     def _fetch(self, start: int, size: int) -> memoryview:
-        """Return ciphertext, in a buffer that the next call reuses, or in the stream's own if it is in memory."""
+        """Return ciphertext, in a buffer that the next call reuses, or in the stream's own if it is in memory.
+
+        Callers release it: a BytesIO cannot be closed or written while its buffer is held, be it by a traceback.
+        """
         if type(self._stream) is io.BytesIO:
             held = self._stream.getbuffer()[start : start + size]
             if len(held) == size:

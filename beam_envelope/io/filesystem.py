@@ -22,7 +22,7 @@ from beam_envelope.formats.shard_layout import plaintext_size
 from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.io.options import Settings, current_settings
 from beam_envelope.io.shards import open_shard_at
-from beam_envelope.io.store import LocalStore, key_file_path, quote_glob, read_small, split_path, store_of
+from beam_envelope.io.store import LocalStore, key_file_path, quote_glob, read_small, store_of
 from beam_envelope.keys.cache import generate_data_key
 
 PREFIX: Final = "envelope+"
@@ -207,7 +207,7 @@ class EnvelopeFileSystem(FileSystem):
                 return
             inner = inner.rstrip("/") + "/"
         for metadata in store.match(f"{quote_glob(inner)}**"):
-            if not is_internal(split_path(metadata.path)[1]):
+            if not any(map(is_internal, metadata.path[len(inner) :].split("/"))):  # nor in an unfinished folder
                 size = _plaintext_size(metadata.size_in_bytes)
                 yield FileMetadata(outer_path(metadata.path), size, metadata.last_updated_in_seconds)
 
