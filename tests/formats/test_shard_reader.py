@@ -27,7 +27,6 @@ from tests.formats.sealed import (
     outcome,
     parts,
     read_at_once,
-    read_in_pieces,
     rows,
 )
 
@@ -271,9 +270,7 @@ def test_the_end_is_reported_only_when_the_last_chunk_proves_it(key, compression
     other = Sealed(data, key, compression)
     for end in (bytes(16), other.shard[-16:], chunks[0][:16]):  # an empty last chunk, put in its place
         with sealed.open(kept + end) as stream, pytest.raises(TamperedError, match="or the file was cut"):
-            got = stream.read(CHUNK)  # of zstd, this may already ask for the end
-            assert data.startswith(got)
-            read_in_pieces(stream, bytearray())
+            assert data.startswith(stream.read(CHUNK) + stream.read())  # of zstd, the first may ask for the end
         with sealed.open(kept + end) as stream, pytest.raises(TamperedError, match="or the file was cut"):
             stream.seek(0, io.SEEK_END)
         with sealed.open(kept + end) as stream, pytest.raises(TamperedError, match="or the file was cut"):
