@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_SYSTEM_CALLS = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove"})
+_SYSTEM_CALLS = frozenset({"open", "os.rename", "os.link", "os.remove"})
 
 
 class Forker:
@@ -56,7 +56,7 @@ def _child(request):
         left = [request["step"]]
 
         def count(event, arguments):
-            if event in _SYSTEM_CALLS and str(arguments[0]).startswith(request["below"]):
+            if event in _SYSTEM_CALLS and str(arguments[0]).startswith(request["below"] + "/"):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), request["signal"])

@@ -12,7 +12,7 @@ import pytest
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
 from apache_beam.io.filesystems import FileSystems
 
-from beam_envelope import TamperedError, open_shard
+from beam_envelope import EnvelopeError, TamperedError, open_shard
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io import store
 from beam_envelope.io.s3 import S3Store
@@ -330,6 +330,22 @@ def test_what_came_into_being_meanwhile_is_not_replaced(disk):
         output.commit()
     output.abort()
     assert read_files(disk) == {"a": b"other"}
+
+
+def test_a_key_file_that_another_writer_replaces_meanwhile_is_noticed(disk, monkeypatch):
+    rename = FileSystems.rename
+
+    def rename_and_interfere(sources, targets):
+        rename(sources, targets)
+        if targets == ["test-disk://a"]:
+            write_files(disk, {key_file_name("a"): b"of another writer"})
+
+    monkeypatch.setattr(FileSystems, "rename", rename_and_interfere)
+    output = BeamStore().create("test-disk://a", overwrite=False, size_hint=3)
+    output.begin(b"key file")
+    output.write(b"abc")
+    with pytest.raises(EnvelopeError, match="another writer replaced the key file of test-disk://a"):
+        output.commit()
 
 
 def test_a_broken_shard_leaves_no_output(disk, tmp_path, local_key):
