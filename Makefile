@@ -23,7 +23,7 @@ demo: .venv/.stamp-base ## see it at work on a real dataset; no AWS account need
 	@$(BIN)/python -m pipelines.demo
 
 test: .venv/.stamp-test ## run the tests; PYTEST_ARGS="-k shard -x" passes options on
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

@@ -23,7 +23,7 @@ class Settings:
         slow_size: bytes of the file in the comparison with peers that would take minutes on the large one.
         rounds: how often each contender is measured; the median counts.
         job_files: files in a job.
-        job_rounds: how often each job runs.
+        job_rounds: how often each job, and each pipeline of `text`, runs.
         small_bytes: the small file of `memory`.
         large_bytes: the large file of `memory`.
         text_bytes: bytes of lines in `text`.
@@ -39,7 +39,7 @@ class Settings:
     job_rounds: int = 3
     small_bytes: int = 64 * MIB
     large_bytes: int = 4 * GIB
-    text_bytes: int = 64 * MIB
+    text_bytes: int = 16 * MIB
     random_bytes: int = GIB
     random_reads: int = 2000
     folder: Path | None = None

@@ -34,8 +34,8 @@ def measure_text(settings: Settings, say: Say) -> Measurement:
                 BEAM: lambda: timed(partial(_write, folder / "plain", repeats, None)),
                 OURS: lambda: timed(partial(_write, folder / "sealed", repeats, key)),
             },
-            settings.rounds,
-            before_round=lambda number: say(f"writing, round {number} of {settings.rounds}"),
+            settings.job_rounds,
+            before_round=lambda number: say(f"writing, round {number} of {settings.job_rounds}"),
         )
         for name, of_key in (("plain", None), ("sealed", key)):
             check(_read(folder / name, of_key) == repeats * _LINES, f"lines of {name} are missing")
@@ -44,8 +44,8 @@ def measure_text(settings: Settings, say: Say) -> Measurement:
                 BEAM: lambda: timed(partial(_read, folder / "plain", None)),
                 OURS: lambda: timed(partial(_read, folder / "sealed", key)),
             },
-            settings.rounds,
-            before_round=lambda number: say(f"reading, round {number} of {settings.rounds}"),
+            settings.job_rounds,
+            before_round=lambda number: say(f"reading, round {number} of {settings.job_rounds}"),
         )
     return Measurement(
         "text",

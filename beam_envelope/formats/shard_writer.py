@@ -46,7 +46,7 @@ class ShardWriter(io.BufferedIOBase):
             msg = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
             raise ValueError(msg)
         self.name = output.name
-        self.plaintext_bytes = 0
+        self._written = 0
         self.ciphertext_bytes = 0
         self._output: Output | None = output
         self._broken = False
@@ -61,6 +61,11 @@ class ShardWriter(io.BufferedIOBase):
         self._encryptor = Cobblestone256Encryptor(data_key.material, self.key_file.binding())
         self._sealed = memoryview(bytearray(shard_size(BLOCK_BYTES + CHUNK_BYTES)))
         output.begin(self.key_file.to_bytes())
+
+    @property
+    def plaintext_bytes(self) -> int:
+        """How many bytes were written to this file."""
+        return self._written + len(self._small)
 
     def writable(self) -> bool:
         """Return True."""
@@ -77,18 +82,19 @@ class ShardWriter(io.BufferedIOBase):
             ValueError: the file is closed, or an earlier write failed.
             OSError: from the output.
         """
-        output = self._open_output()
+        output = self._output
+        if output is None or self._broken:
+            self._refuse()
         if type(data) is bytes and len(data) <= _SMALL_BYTES:
-            # Lines and the like: gathering them costs a tenth of a call to the cipher for each.
-            self._small += data
-            self.plaintext_bytes += len(data)
-            if len(self._small) >= _GATHER_BYTES:
+            # Lines and the like: gathering them costs a tenth of what a call to the cipher for each would.
+            small = self._small
+            small += data
+            if len(small) >= _GATHER_BYTES:
                 self._write_small(output)
             return len(data)
         self._write_small(output)
         with memoryview(data) as view, view.cast("B") as octets:
             self._write_blocks(output, octets)
-            self.plaintext_bytes += len(octets)
             return len(octets)
 
     def close(self) -> None:
@@ -107,7 +113,9 @@ class ShardWriter(io.BufferedIOBase):
             self.abort()
             return
         try:
-            output = self._open_output()
+            output = self._output
+            if output is None or self._broken or os.getpid() != self._pid:
+                self._refuse()
             self._write_small(output)
             if self._compressor is not None:
                 self._encrypt(output, self._compressor.flush())
@@ -149,17 +157,15 @@ class ShardWriter(io.BufferedIOBase):
         msg = "an open shard cannot be pickled or copied"
         raise TypeError(msg)
 
-    def _open_output(self) -> Output:
+    def _refuse(self) -> NoReturn:
         if self._output is None:
             msg = f"{self.name} is closed"
             raise ValueError(msg)
         if os.getpid() != self._pid:
             msg = f"{self.name} was opened before a fork; only the process that opened it may go on writing"
             raise ValueError(msg)
-        if self._broken:
-            msg = f"an earlier write to {self.name} failed, so it is dropped. Write it again from the start"
-            raise ValueError(msg)
-        return self._output
+        msg = f"an earlier write to {self.name} failed, so it is dropped. Write it again from the start"
+        raise ValueError(msg)
 
     def _write_small(self, output: Output) -> None:
         """Pass on what small writes have gathered."""
@@ -169,12 +175,15 @@ class ShardWriter(io.BufferedIOBase):
                 self._write_blocks(output, octets)
 
     def _write_blocks(self, output: Output, octets: memoryview) -> None:
+        if os.getpid() != self._pid:
+            self._refuse()
         # A write that fails midway leaves a gap: writing on, or finishing, would make a shard that never opens.
         self._broken = True
         for start in range(0, len(octets), BLOCK_BYTES):
             block = octets[start : start + BLOCK_BYTES]
             self._encrypt(output, block if self._compressor is None else self._compressor.compress(block))
         self._broken = False
+        self._written += len(octets)
 
     def _encrypt(self, output: Output, data: Buffer) -> None:
         for start in range(0, len(data), BLOCK_BYTES):

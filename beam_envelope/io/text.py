@@ -158,6 +158,10 @@ class _TextSink(textio._TextSink):  # noqa: SLF001  # Beam's text sink has no pu
         with use_settings(self.envelope_settings):
             return super().open(temp_path)
 
+    def write_encoded_record(self, file_handle: Any, encoded_value: bytes) -> None:
+        """Write a line at once; Beam makes two writes of it, and each costs more here than on a plain file."""
+        file_handle.write(encoded_value + b"\n" if self._append_trailing_newlines else encoded_value)
+
 
 class _TextSource(textio._TextSource):  # noqa: SLF001  # Beam's text source has no public name
     """Beam's text source, whose files are opened under settings of its own."""

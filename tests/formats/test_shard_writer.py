@@ -155,7 +155,7 @@ if what == "hard exit":
 if what == "fork":
     child = os.fork()
     if not child:
-        for call in (lambda: stream.write(b"x"), stream.close):
+        for call in (lambda: stream.write(bytes(5000)), stream.close):
             try:
                 call()
             except ValueError as error:
