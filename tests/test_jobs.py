@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions
@@ -11,7 +13,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from beam_envelope import EnvelopeError, KeyAccessError, KeyFileMissingError, arguments, create_shard, jobs
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task
-from tests.running import write_files
+from tests.running import listing, write_files
 
 
 def parse(*words, decrypting=False):
@@ -230,3 +232,39 @@ def test_every_file_that_was_planned_must_have_landed(tmp_path, monkeypatch, out
     os.unlink(f"{folder}sub/7")
     with pytest.raises(EnvelopeError, match=r"1 of 12 files are missing, first .*sub/7"):
         jobs.check_landed(tasks, output)
+
+
+WORKER_KILLED = """
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from beam_envelope import cli
+
+
+def kill_the_first():
+    found = []
+    while not found:
+        time.sleep(0.05)
+        for task in os.listdir("/proc/self/task"):
+            for shell in Path(f"/proc/self/task/{task}/children").read_text().split():
+                found += Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    os.kill(int(found[0]), signal.SIGKILL)
+
+threading.Thread(target=kill_the_first, daemon=True).start()
+status = cli.main(sys.argv[1:])
+left = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
+print(status, sum(line.split()[0] == str(os.getpid()) and "sdk_worker_main" in line for line in left.splitlines()[1:]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="Linux lists children there")
+def test_a_job_whose_worker_is_killed_ends_with_an_error_and_leaves_no_worker(tmp_path, local_key):
+    """Beam's runner would wait for the dead worker for ever."""
+    source = write_files(tmp_path / "in", {f"{number}.txt": b"x" * 1000 for number in range(4)})
+    words = ["encrypt", str(source), "--output", str(tmp_path / "out"), "--key", str(local_key)]
+    workers = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    program = [sys.executable, "-c", WORKER_KILLED, *words, *workers]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "1 0\n", done.stderr
+    assert "a worker process of this machine died (Worker subprocess exited with return code" in done.stderr
+    assert "Finish the job with --if-exists=skip" in done.stderr
+    assert listing(tmp_path / "out") == []
