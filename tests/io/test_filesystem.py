@@ -1,5 +1,8 @@
 """envelope+... paths: the filesystems, and Beam's own IOs on them."""
 
+import signal
+import subprocess
+import sys
 import uuid
 
 import apache_beam as beam
@@ -12,11 +15,12 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 from apache_beam.testing.util import assert_that, equal_to
 
-from beam_envelope import create_shard, jobs, register_filesystem
+from beam_envelope import create_shard, jobs, open_shard, register_filesystem
 from beam_envelope.errors import ContextMismatchError, FormatError, KeyFileMissingError, NotEncryptedError
+from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io.filesystem import inner_path, outer_path
 from beam_envelope.io.options import EnvelopeOptions, Settings, current_settings, use_settings
-from beam_envelope.io.s3 import clear_s3_clients
+from beam_envelope.io.s3 import clear_s3_clients, s3_client
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.keys.provider import kms_calls
@@ -252,11 +256,81 @@ def test_ranges_of_one_shard_are_read_in_parallel_with_one_call_to_the_kms(root,
         assert_that(lines, equal_to(LINES))
 
 
-def test_worker_processes_know_the_filesystem_and_its_settings(root, tmp_path, local_key):
+def test_every_io_runs_in_worker_processes_which_know_the_filesystem_and_its_settings(
+    root, tmp_path, local_key, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     flags = [f"--envelope_key={local_key}", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     options = register_filesystem(PipelineOptions(flags))
+    ios = {
+        of.__name__: of(f"{root}{of.__name__}/") for of in (_text, _packed_text, _parquet, _avro, _tfrecord, _fileio)
+    }
     with jobs.make_pipeline(options) as p:
-        _ = p | beam.Create(LINES) | beam.Reshuffle() | beam.io.WriteToText(f"{root}part")
+        lines = p | beam.Create(LINES) | beam.Reshuffle()
+        for name, (sink, _) in ios.items():
+            _ = lines | f"Write{name}" >> sink
     with jobs.make_pipeline(options) as p:
-        assert_that(p | beam.io.ReadFromText(f"{root}part*"), equal_to(LINES))
-    assert find_plaintext([tmp_path / "sealed"], b"CANARY-LINE") == []
+        for name, (_, source) in ios.items():
+            assert_that(p | f"Read{name}" >> source, equal_to(LINES), label=f"Check{name}")
+    assert find_plaintext([tmp_path], b"CANARY-LINE") == []
+
+
+def test_each_bundle_that_writes_makes_one_call_to_the_kms(root, local_key, monkeypatch):
+    calls = []
+    generate = LocalKms.generate_data_key
+    monkeypatch.setattr(LocalKms, "generate_data_key", lambda *arguments: calls.append(1) or generate(*arguments))
+    options = PipelineOptions([f"--envelope_key={local_key}"])
+    with pipeline(options) as p:
+        _ = p | beam.Create(LINES) | beam.io.WriteToText(f"{root}part")
+    assert len(calls) == len(FileSystems.match([f"{root}part*"])[0].metadata_list) == 1
+
+
+def test_opening_on_s3_costs_two_gets_and_a_range_one_more(moto_server, options):
+    clear_s3_clients()
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    write("envelope+s3://bucket/a.bin", CANARY * 100_000)
+    requests = []
+    s3_client().meta.events.register("before-send.s3", lambda request, **_: requests.append(request.method))
+    with FileSystems.open("envelope+s3://bucket/a.bin") as stream:
+        assert requests == ["GET", "GET"], "the shard and its key file"
+        assert stream.read(100) == (CANARY * 4)[:100]
+        assert len(requests) == 2
+        stream.seek(2_000_000)
+        stream.read(100)
+        assert requests == ["GET"] * 3
+    clear_s3_clients()
+
+
+KILLED = """
+import os, signal, sys
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from beam_envelope import WriteEncryptedText
+
+class Lines(beam.DoFn):
+    def process(self, number):
+        if number == 1500 and sys.argv[3] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield f"CANARY-LINE-{number:05}"
+
+with beam.Pipeline("FnApiRunner", options=PipelineOptions([])) as p:
+    _ = p | beam.Create(range(3000)) | beam.ParDo(Lines()) | WriteEncryptedText(
+        sys.argv[1], key=sys.argv[2], max_records_per_shard=400)
+"""
+
+
+def test_a_killed_worker_leaves_nothing_that_reads_and_a_second_run_all_of_it(tmp_path, local_key):
+    sealed = tmp_path / "sealed"
+    program = [sys.executable, "-c", KILLED, f"{sealed}/part", str(local_key)]
+    assert subprocess.run([*program, "die"], capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert list(sealed.glob("part*")) == []
+    assert find_plaintext([sealed], b"CANARY-LINE") == []
+    assert subprocess.run([*program, "live"], capture_output=True, check=False).returncode == 0
+    shards = sorted(sealed.glob("part*"))
+    lines = []
+    for shard in shards:
+        assert shard.with_name(key_file_name(shard.name)).exists()
+        with open_shard(shard, key=local_key) as stream:
+            lines += stream.read().decode().split()
+    assert (len(shards), sorted(lines)) == (8, LINES)
