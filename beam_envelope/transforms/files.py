@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
@@ -218,7 +219,7 @@ class _PlanDoFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput("failed", _failed(name, error))
 
 
-class _FileDoFn(beam.DoFn):
+class _FileDoFn(beam.DoFn, abc.ABC):
     """Does one task after another; subclasses say how."""
 
     label = "Work"
@@ -228,8 +229,9 @@ class _FileDoFn(beam.DoFn):
         self._catch = catch
         return self
 
+    @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return what display data may show."""
 
     def process(self, element: tuple[str, Iterable[Task]]) -> Iterator[Any]:
         target, tasks = element
@@ -247,8 +249,9 @@ class _FileDoFn(beam.DoFn):
                 error.filename, error.filename2 = task.source, task.target
             raise
 
+    @abc.abstractmethod
     def do(self, task: Task, progress: Progress) -> EncryptedFile | DecryptedFile:
-        raise NotImplementedError
+        """Do one task."""
 
 
 @typehints.with_output_types(EncryptedFile)

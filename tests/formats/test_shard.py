@@ -398,7 +398,7 @@ def test_a_stream_needs_a_key_file(key):
     )
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a", "gs://bucket/a", "file:///tmp/a"])
+@pytest.mark.parametrize("uri", ["s3://bucket/a", "gs://bucket/a", "file:///folder/a"])
 def test_remote_paths_are_for_beam(key, uri):
     for function in (create_shard, open_shard):
         with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole message is compared
