@@ -1,5 +1,6 @@
 """Fixtures for all tests: KMSs of every kind, no setting of the user's, and empty caches."""
 
+import logging
 import os
 import urllib.request
 
@@ -31,6 +32,16 @@ def no_settings_of_the_user(monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers():
+    """Restore the levels that the command sets for its process, so that no test hears less for it."""
+    loggers = [logging.getLogger(name) for name in (None, "apache_beam")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

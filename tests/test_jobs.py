@@ -235,7 +235,7 @@ def test_every_file_that_was_planned_must_have_landed(tmp_path, monkeypatch, out
 
 
 WORKER_KILLED = """
-import os, signal, subprocess, sys, threading, time
+import contextlib, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from beam_envelope import cli
 
@@ -245,8 +245,9 @@ def kill_the_first():
     while not found:
         time.sleep(0.05)
         for task in os.listdir("/proc/self/task"):
-            for shell in Path(f"/proc/self/task/{task}/children").read_text().split():
-                found += Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+            with contextlib.suppress(OSError):  # a thread or a shell that has ended meanwhile
+                for shell in Path(f"/proc/self/task/{task}/children").read_text().split():
+                    found += Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
     os.kill(int(found[0]), signal.SIGKILL)
 
 threading.Thread(target=kill_the_first, daemon=True).start()
