@@ -148,3 +148,9 @@ def test_on_a_terminal_progress_is_a_bar_with_files_bytes_and_calls(tmp_path, lo
     assert "2/2 files, 1 KMS call" in text
     assert Path(tmp_path / "sealed/a").exists()
     assert "Encrypting 2 files" not in text  # that line is for logs
+
+
+def test_no_message_moves_the_cursor_or_the_colours_of_a_terminal():
+    """Key files and file names may come from somebody hostile."""
+    assert console.printable("a\x1b[31m\x07b\u202e \u00e9\n") == "a\\x1b[31m\\x07b\\u202e \u00e9\n"
+    assert console.describe(ValueError("no \x1b]0;title\x07")) == "no \\x1b]0;title\\x07"
