@@ -1,4 +1,6 @@
-"""The key file: a small JSON document beside each shard that holds its wrapped data keys. Bytes: docs/format.md, 1.
+"""The key file: a small JSON document, beside each shard or in a key store, that holds wrapped data keys.
+
+Bytes: docs/format.md, 1.
 
 It knows no folder or store: callers read and write the bytes.
 """
@@ -20,12 +22,21 @@ from beam_envelope.keys.provider import KEY_ID_BYTES, DataKey, WrappedKey
 
 FORMAT: Final = "beam-envelope key file"
 VERSION: Final = 1
-CIPHERS: Final = ("cobblestone-256",)
+SHARD_CIPHER: Final = "cobblestone-256"
+PARQUET_CIPHER: Final = "parquet-aes-gcm-v1"
+RECORD_CIPHER: Final = "record-aes-256-gcm"
+DETERMINISTIC_CIPHER: Final = "record-aes-256-siv"
+RAW_CELL_CIPHER: Final = "cell-aes-256-gcm"
+DERIVED_CIPHERS: Final = (RECORD_CIPHER, DETERMINISTIC_CIPHER, RAW_CELL_CIPHER)
+"""The ciphers whose key is derived from the data key with what `Derivation` holds."""
+CIPHERS: Final = (SHARD_CIPHER, PARQUET_CIPHER, *DERIVED_CIPHERS)
 COMPRESSIONS: Final = ("none", "zstd")
 
 MAX_KEY_FILE_BYTES: Final = 1 << 20
 MAX_DATA_KEYS: Final = 1024
 MAX_WRAPPED_KEYS: Final = 10
+SALT_BYTES: Final = 24
+COMMITMENT_BYTES: Final = 32
 MAX_WRAPPED_BYTES: Final = 6144  # the largest ciphertext of AWS KMS ("Decrypt", AWS KMS API Reference)
 
 KEY_FILE_PREFIX: Final = "_KEY_FOR_"
@@ -65,26 +76,41 @@ class WrappedDataKey:
 
 
 @dataclass(frozen=True)
+class Derivation:
+    """What leads from a data key to the key that encrypts records, and proves that it is the one.
+
+    Attributes:
+        salt: 24 random bytes.
+        commitment: 32 bytes that come out of the same derivation; their first 16 are the key id in each record.
+    """
+
+    salt: bytes
+    commitment: bytes
+
+
+@dataclass(frozen=True)
 class KeyFile:
     """What a key file says.
 
     Attributes:
-        data_keys: the data keys; a shard has one.
+        data_keys: the data keys: one, or for Parquet one for each KMS key.
         context: the encryption context that KMS bound to the wrapped keys.
         shard_id: a random UUID.
-        cipher: how the shard is encrypted.
+        cipher: how the data is encrypted.
         compression: `none` or `zstd`, done before encryption.
         name: the original file's name.
         created: when, in UTC, to the second.
+        derivation: for the ciphers of `DERIVED_CIPHERS`, and for no others.
     """
 
     data_keys: tuple[WrappedDataKey, ...]
     context: Mapping[str, str]
     shard_id: uuid.UUID = field(default_factory=uuid.uuid4)
-    cipher: str = "cobblestone-256"
+    cipher: str = SHARD_CIPHER
     compression: str = "none"
     name: str = ""
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    derivation: Derivation | None = None
 
     def to_bytes(self) -> bytes:
         """Return the one encoding: JSON, two spaces of indentation, fields in this order, a newline at the end."""
@@ -94,6 +120,7 @@ class KeyFile:
             "shard_id": str(self.shard_id),
             "cipher": self.cipher,
             "content": {"compression": self.compression, "created": self.created, "name": self.name},
+            **({} if self.derivation is None else {"derivation": _hex(self.derivation)}),
             "context": dict(sorted(self.context.items())),
             "data_keys": [
                 {
@@ -140,20 +167,18 @@ class KeyFile:
                 compression=_string(document["content"]["compression"]),
                 name=_string(document["content"]["name"]),
                 created=_string(document["content"]["created"]),
+                derivation=_derivation(document["derivation"]) if "derivation" in document else None,
             )
             same = parsed.to_bytes() == raw
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             _refuse(what, "a field is missing or of the wrong type")
-        if parsed.cipher not in CIPHERS or parsed.compression not in COMPRESSIONS:
-            _refuse(what, "its cipher or compression is unknown; use a newer release")
-        if not 0 < len(parsed.data_keys) <= MAX_DATA_KEYS:
-            _refuse(what, f"it holds {len(parsed.data_keys)} data keys")
+        _check_cipher(parsed, what)
         if not same:
             _refuse(what, "it is not in the form that docs/format.md gives, so it was changed after it was written")
         return parsed
 
     def binding(self) -> bytes:
-        """Return the bytes that bind this key file to its shard: the context of the Cobblestone message.
+        """Return the bytes that bind this key file to its data, such as the context of the Cobblestone message.
 
         All that must not change is in it, each part behind its length; the wrapped forms are not, so that keys can be
         rotated. docs/format.md, 2.2.
@@ -171,6 +196,27 @@ class KeyFile:
     def with_wrapped_keys(self, data_keys: Sequence[WrappedDataKey]) -> KeyFile:
         """Return this key file with other wrapped forms of the same data keys."""
         return replace(self, data_keys=tuple(data_keys))
+
+
+def _check_cipher(parsed: KeyFile, what: str) -> None:
+    if parsed.cipher not in CIPHERS or parsed.compression not in COMPRESSIONS:
+        _refuse(what, "its cipher or compression is unknown; use a newer release")
+    derived = parsed.cipher in DERIVED_CIPHERS
+    if (parsed.derivation is not None) != derived:
+        _refuse(what, f"it {'lacks' if derived else 'has'} a derivation, contrary to its cipher, {parsed.cipher}")
+    if not 0 < len(parsed.data_keys) <= (1 if derived else MAX_DATA_KEYS):
+        _refuse(what, f"it holds {len(parsed.data_keys)} data keys")
+
+
+def _hex(derivation: Derivation) -> dict[str, str]:
+    return {"salt": derivation.salt.hex(), "commitment": derivation.commitment.hex()}
+
+
+def _derivation(entry: Any) -> Derivation:  # parsed JSON
+    derivation = Derivation(bytes.fromhex(entry["salt"]), bytes.fromhex(entry["commitment"]))
+    if len(derivation.salt) != SALT_BYTES or len(derivation.commitment) != COMMITMENT_BYTES:
+        raise ValueError
+    return derivation
 
 
 def _data_key(entry: Any, what: str) -> WrappedDataKey:  # parsed JSON
@@ -202,5 +248,5 @@ def _strings(value: Any) -> dict[str, str]:  # parsed JSON
 
 
 def _refuse(what: str, why: str) -> NoReturn:
-    msg = f"{what} is not a readable key file: {why}. Restore it from a copy; without it the shard cannot be opened"
+    msg = f"{what} is not a readable key file: {why}. Restore it from a copy; without it the data cannot be opened"
     raise FormatError(msg) from None

@@ -92,7 +92,7 @@ class LocalOutput:
         os.fsync(self._handle)
         self._close()
         if self._key_file is not None:
-            _write_durably(self._temporary_key_file, self._key_file)
+            write_durably(self._temporary_key_file, self._key_file)
         key_path = self._path.with_name(key_file_name(self._path.name))
         # Without the lock a second writer could replace the first one's key file just before it fails to take the name.
         with _alone_in(self._path.parent):
@@ -162,7 +162,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that readers see the old or the new one whole, also after a power cut. Raises OSError."""
     temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
     try:
-        _write_durably(temporary, data)
+        write_durably(temporary, data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -184,7 +184,8 @@ def check_key_file(found: bytes, ours: bytes, name: str) -> None:
         raise EnvelopeError(msg)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to the disk. Raises OSError."""
     with path.open("xb") as stream:
         stream.write(data)
         stream.flush()

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
 from beam_envelope.errors import AlreadyEncryptedError, FormatError, KeyFileMissingError, NotEncryptedError
-from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, KeyFile, is_internal, key_file_name
+from beam_envelope.formats.keyfile import (
+    DERIVED_CIPHERS,
+    MAX_KEY_FILE_BYTES,
+    PARQUET_CIPHER,
+    SHARD_CIPHER,
+    KeyFile,
+    is_internal,
+    key_file_name,
+)
 from beam_envelope.formats.output import LocalOutput, Output, StreamOutput, write_atomically
 from beam_envelope.formats.shard_layout import CHUNK_BYTES, HEADER_BYTES
 from beam_envelope.formats.shard_reader import RawCompressedReader, RawShardReader
@@ -21,6 +29,11 @@ from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.keys import cache
 from beam_envelope.keys.context import AnyContext, checked_context, match_context
 from beam_envelope.keys.uri import Key, open_keys
+
+_SEE: Final = {
+    PARQUET_CIPHER: "Open it with open_parquet or ReadEncryptedParquet",
+    **dict.fromkeys(DERIVED_CIPHERS, "Open records with DecryptRecords, DecryptFields or DecryptColumns"),
+}
 
 KeyFileSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
 
@@ -155,6 +168,10 @@ def open_sealed(
         count = len(parsed.data_keys)
         raise FormatError(
             f"the key file of {what} has {count} data keys; that of a shard has one. Is it another format?"
+        )
+    if parsed.cipher != SHARD_CIPHER:
+        raise FormatError(
+            f"the key file of {what} is of the cipher {parsed.cipher}, not of a shard. {_SEE[parsed.cipher]}"
         )
     pairs = match_context(context, parsed.context, what)
     (wrapped,) = parsed.data_keys

@@ -11,9 +11,9 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar, cast
 
 from beam_envelope.errors import EnvelopeError, KmsUnavailableError, TamperedError, WrongKeyError
 from beam_envelope.keys.aws import clear_clients
@@ -25,6 +25,9 @@ MAX_ENTRIES: Final = 1000
 """How many data keys each of the two caches holds at most."""
 
 _Entry: TypeAlias = "tuple[tuple[KeyProvider, ...], tuple[tuple[str, str], ...], object]"
+
+
+_Shared = TypeVar("_Shared", bound="Erasable")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,32 @@ class DataKeyPolicy:
             raise ValueError(msg)
 
 
+class Allowance:
+    """What is left of a data key's limits. Not safe between threads: its owner has a lock.
+
+    Attributes:
+        records: how many more.
+        bytes: how many more; below 0 after one record that is larger than the whole limit.
+        expires: the time, by `time.monotonic()`.
+    """
+
+    __slots__ = ("bytes", "expires", "records")
+
+    def __init__(self, policy: DataKeyPolicy) -> None:
+        """Start the clock."""
+        self.records, self.bytes = policy.max_records, policy.max_bytes
+        self.expires = time.monotonic() + policy.max_age_s * random.uniform(0.5, 1.0)  # noqa: S311  # jitter
+
+    def fits(self, n_records: int, n_bytes: int) -> bool:
+        """Whether so much is left; if not, a new data key is due."""
+        return self.records >= n_records and self.bytes >= n_bytes and time.monotonic() < self.expires
+
+    def spend(self, n_records: int, n_bytes: int) -> None:
+        """Count so much."""
+        self.records -= n_records
+        self.bytes -= n_bytes
+
+
 class DataKeySource:
     """Hands out the current data key, and replaces it when a limit of its policy is met. Safe between threads.
 
@@ -69,8 +98,7 @@ class DataKeySource:
         self._keys, self._context, self._policy = tuple(keys), dict(context), policy
         self._lock = threading.Lock()
         self._current: DataKey | None = None
-        self._records = self._bytes = 0
-        self._expires = 0.0
+        self._left = Allowance(policy)
 
     def take(self, n_bytes: int = 0, n_records: int = 1) -> DataKey:
         """Return a copy of the current data key, for `n_records` records of `n_bytes` in all; the taker closes it.
@@ -79,17 +107,11 @@ class DataKeySource:
             KeyAccessError, KmsUnavailableError: from the KMS, when a new key is due.
         """
         with self._lock:
-            if (
-                self._current is None
-                or time.monotonic() >= self._expires
-                or self._records + n_records > self._policy.max_records
-                or (self._records and self._bytes + n_bytes > self._policy.max_bytes)
-            ):
+            if self._current is None or not self._left.fits(n_records, n_bytes):
                 self._close()
                 self._current = generate_data_key(self._keys, self._context)
-                self._expires = time.monotonic() + self._policy.max_age_s * random.uniform(0.5, 1.0)  # noqa: S311  # jitter
-            self._records += n_records
-            self._bytes += n_bytes
+                self._left = Allowance(self._policy)
+            self._left.spend(n_records, n_bytes)
             return self._current.duplicate()
 
     def close(self) -> None:
@@ -100,7 +122,7 @@ class DataKeySource:
     def _close(self) -> None:
         if self._current is not None:
             self._current.close()
-        self._current, self._records, self._bytes = None, 0, 0
+        self._current = None
 
 
 def generate_data_key(keys: Sequence[KeyProvider], context: Mapping[str, str]) -> DataKey:
@@ -118,23 +140,30 @@ def generate_data_key(keys: Sequence[KeyProvider], context: Mapping[str, str]) -
     return data_key
 
 
+class Erasable(Protocol):
+    """What holds keys, and can be told to drop them."""
+
+    def close(self) -> None:
+        """Drop the keys."""
+
+
 class _Caches:
     """The state of this process, in one place so that a fork can start afresh."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.sources: dict[_Entry, DataKeySource] = {}
+        self.shared: dict[object, Erasable] = {}
         self.unwrapped: OrderedDict[_Entry, tuple[float, DataKey]] = OrderedDict()
         self.in_flight: dict[_Entry, threading.Lock] = {}
 
     def close(self) -> None:
         """Erase every key; under the lock, since another thread may be copying one."""
         with self.lock:
-            for source in self.sources.values():
-                source.close()
+            for holder in self.shared.values():
+                holder.close()
             for _, data_key in self.unwrapped.values():
                 data_key.close()
-            self.sources.clear()
+            self.shared.clear()
             self.unwrapped.clear()
 
 
@@ -144,14 +173,21 @@ _caches = _Caches()
 def shared_source(keys: Sequence[KeyProvider], context: Mapping[str, str], policy: DataKeyPolicy) -> DataKeySource:
     """Return this process's one source for these keys, context and policy (`reuse="worker"`)."""
     entry = (tuple(keys), tuple(sorted(context.items())), policy)
+    return shared(entry, lambda: DataKeySource(keys, context, policy))
+
+
+def shared(entry: object, make: Callable[[], _Shared]) -> _Shared:
+    """Return this process's one object for a hashable entry, and have it made if there is none.
+
+    It is dropped, and its keys with it, by `clear_caches` and after a fork. One that is pushed out by a thousand others
+    stays whole for those who hold it.
+    """
     with _caches.lock:
-        if entry not in _caches.sources:
-            while (
-                len(_caches.sources) >= MAX_ENTRIES
-            ):  # a source still in use elsewhere stays whole until it is dropped
-                del _caches.sources[next(iter(_caches.sources))]
-            _caches.sources[entry] = DataKeySource(keys, context, policy)
-        return _caches.sources[entry]
+        if entry not in _caches.shared:
+            while len(_caches.shared) >= MAX_ENTRIES:
+                del _caches.shared[next(iter(_caches.shared))]
+            _caches.shared[entry] = make()
+        return cast("_Shared", _caches.shared[entry])
 
 
 def unwrap(

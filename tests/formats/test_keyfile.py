@@ -69,7 +69,7 @@ def refusal(raw):
     assert type(caught.value) is FormatError
     message = str(caught.value)
     start = "k is not a readable key file: "
-    end = ". Restore it from a copy; without it the shard cannot be opened"
+    end = ". Restore it from a copy; without it the data cannot be opened"
     assert message.startswith(start)
     assert message.endswith(end)
     return message[len(start) : -len(end)]

@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_when_the_key_file_comes_keeps_the_old_shard(tmp_pat
     def full(*_):
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(output, "_write_durably", full)
+    monkeypatch.setattr(output, "write_durably", full)
     with pytest.raises(OSError, match="no space"):
         make(tmp_path / "a", b"new", b"key of new", overwrite=True)
     assert (tmp_path / "a").read_bytes() == b"old"

@@ -398,8 +398,8 @@ def test_processes_choose_different_times():
         source = DataKeySource([CountingKms()], CONTEXT, DataKeyPolicy())
         before = time.monotonic()
         source.take().close()
-        lifetimes.add(round(source._expires - before))
-        assert 300 <= source._expires - before <= 601
+        lifetimes.add(round(source._left.expires - before))
+        assert 300 <= source._left.expires - before <= 601
     assert len(lifetimes) > 10
 
 
@@ -461,7 +461,7 @@ def test_a_process_has_one_source_for_each_key_context_and_policy(kms):
 def test_the_shared_sources_are_bounded(kms, monkeypatch):
     monkeypatch.setattr(cache, "MAX_ENTRIES", 2)
     sources = [shared_source([kms], {"n": str(number)}, DataKeyPolicy()) for number in range(3)]
-    assert len(cache._caches.sources) == 2
+    assert len(cache._caches.shared) == 2
     assert shared_source([kms], {"n": "2"}, DataKeyPolicy()) is sources[2]
     assert shared_source([kms], {"n": "0"}, DataKeyPolicy()) is not sources[0]
     assert sources[0].take().material  # who holds it still may use it
@@ -501,7 +501,7 @@ def test_a_forked_child_starts_with_empty_caches_even_if_a_lock_was_held(kms):
         if not child:
             signal.alarm(20)  # a child that waits for a lock must not wait for ever
             try:
-                assert (len(cache._caches.unwrapped), len(cache._caches.sources)) == (0, 0)
+                assert (len(cache._caches.unwrapped), len(cache._caches.shared)) == (0, 0)
                 assert ask([kms], data_key).material == data_key.material
                 assert kms.calls["unwrap"] == 2
                 assert shared_source([kms], CONTEXT, DataKeyPolicy("worker")).take().material == (3).to_bytes(32, "big")
