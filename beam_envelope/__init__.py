@@ -24,6 +24,7 @@ from beam_envelope.keys.context import ANY_CONTEXT
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
 from beam_envelope.keys.uri import open_key
+from beam_envelope.keys.vault import Vault
 
 if TYPE_CHECKING:
     from beam_envelope.io.fileio import WriteEncryptedFiles
@@ -61,6 +62,7 @@ __all__ = [
     "ReadEncryptedText",
     "TamperedError",
     "TruncatedError",
+    "Vault",
     "WrappedKey",
     "WriteEncryptedFiles",
     "WriteEncryptedText",

@@ -12,7 +12,8 @@ from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
 IF_EXISTS: Final = ("error", "skip", "overwrite")
 
 KEY_HELP: Final = (
-    "the KMS key: aws-kms://alias/NAME, aws-kms://KEY_ARN, or local-kms://KEYRING_FILE[?name=NAME] for trying out"
+    "the KMS key: aws-kms://alias/NAME, aws-kms://KEY_ARN, hcvault://MOUNT/keys/NAME, or "
+    "local-kms://KEYRING_FILE[?name=NAME] for trying out"
 )
 
 

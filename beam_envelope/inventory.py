@@ -100,4 +100,5 @@ def _entry(path: str, sizes: dict[str, int]) -> ShardEntry | None:
 def _kms_keys(key_file: KeyFile) -> Iterator[str]:
     for data_key in key_file.data_keys:
         for wrapped in data_key.wrapped_keys:
-            yield f"{wrapped.provider}:{wrapped.kms_key}" if wrapped.provider != "aws-kms" else wrapped.kms_key
+            named = wrapped.provider == "aws-kms" or wrapped.kms_key.startswith(f"{wrapped.provider}://")
+            yield wrapped.kms_key if named else f"{wrapped.provider}:{wrapped.kms_key}"

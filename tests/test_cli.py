@@ -216,8 +216,8 @@ def test_options_of_beam_reach_the_pipeline(run, key, monkeypatch):
         (
             ("encrypt", "data", "--output", "out", "--key", "nothing"),
             (
-                "the key 'nothing' does not start with a scheme that is known: aws-kms://, local-kms:// "
-                "(for example aws-kms://alias/etl)"
+                "the key 'nothing' does not start with a scheme that is known: aws-kms://, local-kms://, "
+                "hcvault:// (for example aws-kms://alias/etl)"
             ),
         ),
         (

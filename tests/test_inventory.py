@@ -84,7 +84,7 @@ def test_what_is_amiss_is_listed_with_what_is_wrong(sealed):
         "a.csv": f"{sealed}/a.csv has 60 bytes, a size that no whole shard has: it was cut short. Write it again",
         "bad": (
             f"the key file of {sealed}/bad is not a readable key file: a field is missing or of the wrong type. "
-            "Restore it from a copy; without it the shard cannot be opened"
+            "Restore it from a copy; without it the data cannot be opened"
         ),
         "note.txt": "no key file: not a shard, or nobody can open it",
     }

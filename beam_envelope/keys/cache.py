@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias, TypeVar, cast
 
 from beam_envelope.errors import EnvelopeError, KmsUnavailableError, TamperedError, WrongKeyError
-from beam_envelope.keys.aws import clear_clients
-from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
+from beam_envelope.keys import aws, vault_server
+from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, WrappedKey
 
 UNWRAPPED_TTL_S: Final = 300.0
 """How long a reader goes on without asking the KMS again: the longest time until a revoked right takes effect."""
@@ -194,7 +194,7 @@ def unwrap(
     keys: Sequence[KeyProvider],
     wrapped_keys: Sequence[WrappedKey],
     context: Mapping[str, str],
-    key_id: bytes,
+    key_id: bytes | None,
     what: str,
 ) -> DataKey:
     """Return a data key, from the cache or through the first allowed key that opens one of its wrapped forms.
@@ -206,7 +206,8 @@ def unwrap(
         keys: the allowed keys.
         wrapped_keys: the data key's wrapped forms.
         context: the encryption context that it is bound to.
-        key_id: the id that the data key must turn out to have (`DataKey.key_id`).
+        key_id: the id that the data key must turn out to have (`DataKey.key_id`), and 32 bytes with it. None: of what
+            it opens, something else tells whether it is the right one.
         what: the shard or key file, for messages.
 
     Returns:
@@ -237,7 +238,8 @@ def clear_caches() -> None:
     global _caches  # one swap, so that other threads see the old state or the new
     old, _caches = _caches, _Caches()
     old.close()
-    clear_clients()
+    aws.clear_clients()
+    vault_server.clear_clients()
 
 
 def _after_fork() -> None:
@@ -274,7 +276,7 @@ def _unwrap_any(
     keys: Sequence[KeyProvider],
     wrapped_keys: Sequence[WrappedKey],
     context: Mapping[str, str],
-    key_id: bytes,
+    key_id: bytes | None,
     what: str,
 ) -> DataKey:
     failures: list[EnvelopeError] = []
@@ -287,7 +289,8 @@ def _unwrap_any(
             except EnvelopeError as error:
                 failures.append(error)
                 continue
-            if data_key.key_id != key_id:
+            # Only messages of other software, which know no key ids, have shorter data keys.
+            if key_id is not None and (len(data_key.material) != DATA_KEY_BYTES or data_key.key_id != key_id):
                 data_key.close()
                 msg = f"the key id in the key file of {what} is not that of its data key: the key file was changed"
                 failures.append(TamperedError(msg))

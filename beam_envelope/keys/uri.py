@@ -9,6 +9,7 @@ from beam_envelope.errors import FormatError
 from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import KeyProvider
+from beam_envelope.keys.vault import Vault
 
 Key: TypeAlias = "str | KeyProvider"
 """What every `key=` takes: a URI or a provider."""
@@ -16,6 +17,7 @@ Key: TypeAlias = "str | KeyProvider"
 _PROVIDERS: Final[dict[str, Callable[[str], KeyProvider]]] = {
     AwsKms.provider: AwsKms.from_uri,
     LocalKms.provider: LocalKms.from_uri,
+    Vault.provider: Vault.from_uri,
 }
 
 

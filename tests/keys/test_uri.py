@@ -6,6 +6,7 @@ from beam_envelope.errors import FormatError
 from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.uri import open_key, open_keys
+from beam_envelope.keys.vault import Vault
 
 ARN = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
@@ -23,6 +24,23 @@ ARN = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890
         ),
         ("local-kms:///etc/keys/keyring.json", LocalKms("/etc/keys/keyring.json")),
         ("local-kms:///etc/keyring.json?name=pii", LocalKms("/etc/keyring.json", name="pii")),
+        ("hcvault://transit/keys/etl", Vault("etl")),
+        ("hcvault://a/b/transit/keys/my-key.2", Vault("my-key.2", "a/b/transit")),
+        ("hcvault://keys/keys/keys", Vault("keys", "keys")),
+        (
+            "hcvault://transit/keys/etl?address=https://v:8200&namespace=a/b&role=1&ca_cert=/a&client_cert=/b&verify=true",
+            Vault(
+                "etl",
+                address="https://v:8200",
+                namespace="a/b",
+                role="1",
+                ca_cert="/a",
+                client_cert="/b",
+                verify=True,
+            ),
+        ),
+        ("hcvault://etl/keys/etl?client_key=/c", Vault("etl", "etl", client_key="/c")),
+        ("hcvault://transit/keys/etl?verify=false", Vault("etl", verify=False)),
     ],
 )
 def test_a_uri_names_a_provider_which_names_the_uri(uri, key):
@@ -47,7 +65,8 @@ def test_an_unknown_scheme_is_named_with_those_that_are_known(uri):
     with pytest.raises(FormatError) as caught:
         open_key(uri)
     assert str(caught.value) == (
-        f"the key {uri!r} does not start with a scheme that is known: aws-kms://, local-kms:// (for example aws-kms://alias/etl)"
+        f"the key {uri!r} does not start with a scheme that is known: aws-kms://, local-kms://, hcvault:// "
+        "(for example aws-kms://alias/etl)"
     )
 
 
@@ -65,6 +84,35 @@ def test_a_wrong_local_uri_is_shown_the_form(uri):
     with pytest.raises(FormatError) as caught:
         open_key(uri)
     assert str(caught.value) == f"{uri!r} is not of the form local-kms://PATH or local-kms://PATH?name=NAME"
+
+
+VAULT_FORM = "hcvault://MOUNT/keys/NAME[?address=...&namespace=...&role=...&ca_cert=...&client_cert=...&client_key=...&verify=...]"
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "named"),
+    [
+        ("", "", ""),
+        ("transit/etl", "", ""),
+        ("keys/etl", "", ""),
+        ("/keys/etl", "", ""),
+        ("transit/keys/etl", "?token=hvs.secret", " with 'token'"),
+        ("transit/keys/etl", "?address=https://v&secret_id=secret", " with 'address', 'secret_id'"),
+        ("transit/keys/etl", "?verify=secret", " with 'verify'"),
+    ],
+)
+def test_a_wrong_vault_uri_is_shown_the_form_and_no_value_that_may_be_a_token(path, query, named):
+    with pytest.raises(FormatError) as caught:
+        open_key(f"hcvault://{path}{query}")
+    assert str(caught.value) == (
+        f"'hcvault://{path}'{named} is not of the form {VAULT_FORM}, where verify is true or false. Tokens and secret "
+        "ids have no place in it; they belong into the environment (VAULT_TOKEN)"
+    )
+
+
+def test_a_vault_key_without_a_name_has_characters_that_none_has():
+    with pytest.raises(FormatError, match=r"^the mount 'transit', the key name '' or the namespace None has"):
+        open_key("hcvault://transit/keys/")
 
 
 def test_an_arn_of_something_else_is_no_key():
