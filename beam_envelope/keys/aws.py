@@ -24,7 +24,7 @@ from beam_envelope.errors import (
     TamperedError,
     WrongKeyError,
 )
-from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, WrappedKey, kms_calls
+from beam_envelope.keys.provider import DATA_KEY_BYTES, DATA_KEY_SIZES, DataKey, KeyProvider, WrappedKey, kms_calls
 
 _ARN: Final = re.compile(r"arn:(?P<partition>[\w-]+):kms:(?P<region>[\w-]+):(?P<account>\d+):(?P<resource>.+)")
 _SETTINGS: Final = ("region", "profile", "endpoint_url")
@@ -33,6 +33,7 @@ _PERMISSION: Final = {
     "Encrypt": "kms:Encrypt",
     "Decrypt": "kms:Decrypt",
     "ReEncrypt": "kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one",
+    "DescribeKey": "kms:DescribeKey (or name the key by its ARN, which needs none)",
 }
 
 
@@ -82,6 +83,9 @@ class AwsKms(KeyProvider):
         answer = self._call(
             "GenerateDataKey", KeyId=self.key_id, NumberOfBytes=DATA_KEY_BYTES, EncryptionContext=dict(context)
         )
+        if len(answer["Plaintext"]) != DATA_KEY_BYTES:
+            msg = f"a data key has {DATA_KEY_BYTES} bytes; {self.key_id} made one of {len(answer['Plaintext'])}"
+            raise ValueError(msg)
         wrapped = WrappedKey(self.provider, answer["KeyId"], answer["CiphertextBlob"])
         return DataKey(answer["Plaintext"], [wrapped])
 
@@ -110,7 +114,7 @@ class AwsKms(KeyProvider):
                 "the key file was changed. Restore it from a copy"
             )
             raise TamperedError(msg)
-        if len(answer["Plaintext"]) != DATA_KEY_BYTES:
+        if len(answer["Plaintext"]) not in DATA_KEY_SIZES:
             msg = (
                 f"what {wrapped.kms_key} decrypted has {len(answer['Plaintext'])} bytes, so it is no data key: "
                 "the key file was changed. Restore it from a copy"
@@ -161,6 +165,13 @@ class AwsKms(KeyProvider):
             return False
         name = ours["resource"] if ours is not None else self.key_id
         return name.startswith("alias/") or name.removeprefix("key/") == theirs["resource"].removeprefix("key/")
+
+    def full_name(self) -> str:
+        """Return the key's ARN; that of an alias or of a bare key id comes from DescribeKey. Raises as `unwrap`."""
+        arn = _ARN.fullmatch(self.key_id)
+        if arn is not None and arn["resource"].startswith("key/"):
+            return self.key_id
+        return str(self._call("DescribeKey", KeyId=self.key_id)["KeyMetadata"]["Arn"])
 
     def __str__(self) -> str:
         """Return the URI."""
@@ -262,6 +273,7 @@ _METHOD: Final = {
     "Encrypt": "encrypt",
     "Decrypt": "decrypt",
     "ReEncrypt": "re_encrypt",
+    "DescribeKey": "describe_key",
 }
 _SERVER_ERROR: Final = 500
 

@@ -117,6 +117,10 @@ class LocalKms(KeyProvider):
         except KeyAccessError:
             return wrapped.kms_key.rpartition("/")[0] == self.name
 
+    def full_name(self) -> str:
+        """Return `name/id`, from the keyring. Raises KeyAccessError, FormatError."""
+        return self._key()[0]
+
     def __str__(self) -> str:
         """Return the URI."""
         suffix = "" if self.name == "default" else f"?name={self.name}"

@@ -14,6 +14,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 DATA_KEY_BYTES: Final = 32
+"""The length of every data key that is made here."""
+DATA_KEY_SIZES: Final = (16, 24, DATA_KEY_BYTES)
+"""The lengths of data keys that may be met: AWS Encryption SDK messages can have AES-128 and AES-192 keys."""
 KEY_ID_BYTES: Final = 16
 _KEY_ID_INFO: Final = b"beam-envelope/key-id@v1\x00"
 
@@ -34,7 +37,7 @@ class WrappedKey:
 
 
 class DataKey:
-    """32 bytes of key material, erasable, and the wrapped forms that KMSs can open again.
+    """Key material, erasable, and the wrapped forms that KMSs can open again.
 
     Use it as a context manager: leaving the block erases the bytes. It cannot be pickled or copied by accident, and
     its `repr` shows only its id. What Python cannot erase is told in docs/security.md.
@@ -46,10 +49,10 @@ class DataKey:
         """Take a copy of `material`.
 
         Raises:
-            ValueError: `material` is not 32 bytes.
+            ValueError: `material` is not 32 bytes, nor 16 or 24, as older messages of other software have it.
         """
-        if len(material) != DATA_KEY_BYTES:
-            msg = f"a data key has {DATA_KEY_BYTES} bytes; the KMS returned {len(material)}"
+        if len(material) not in DATA_KEY_SIZES:
+            msg = f"a data key has 16, 24 or {DATA_KEY_BYTES} bytes; the KMS returned {len(material)}"
             raise ValueError(msg)
         self._material = bytearray(material)
         self._key_id: bytes | None = None
@@ -170,6 +173,15 @@ class KeyProvider(abc.ABC):
     @abc.abstractmethod
     def may_open(self, wrapped: WrappedKey) -> bool:
         """Whether this key may be the one that wrapped it, as far as can be told without a call."""
+
+    def full_name(self) -> str:
+        """Return the KMS key's full name, as wrapped keys record it (`WrappedKey.kms_key`).
+
+        Raises:
+            KeyAccessError, KmsUnavailableError: as above; a KMS may have to be asked.
+        """
+        with self.generate_data_key({}) as data_key:
+            return data_key.wrapped_keys[0].kms_key
 
     def check(self, context: Mapping[str, str]) -> None:
         """Try the key before a job starts: generate one data key and drop it.

@@ -203,8 +203,8 @@ def test_a_wrapped_key_of_no_bytes_or_too_many(key, wrapped):
         assert "KMS does not take" in message(FormatError, key.unwrap, replace(wrapped, wrapped=blob), CONTEXT)
 
 
-@pytest.mark.parametrize("size", [16, 31, 33, 64])
-def test_what_kms_decrypts_is_a_data_key_only_if_it_has_32_bytes(fake_kms, key, wrapped, size):
+@pytest.mark.parametrize("size", [15, 31, 33, 64])
+def test_what_kms_decrypts_is_a_data_key_only_if_it_has_the_length_of_one(fake_kms, key, wrapped, size):
     blob = boto3.client("kms").encrypt(KeyId="alias/etl", Plaintext=bytes(size), EncryptionContext=CONTEXT)[
         "CiphertextBlob"
     ]
@@ -213,6 +213,21 @@ def test_what_kms_decrypts_is_a_data_key_only_if_it_has_32_bytes(fake_kms, key, 
         f"what {wrapped.kms_key} decrypted has {size} bytes, so it is no data key: the key file was changed. "
         "Restore it from a copy"
     )
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_the_shorter_data_keys_of_other_software_are_opened(fake_kms, key, wrapped, size):
+    answer = boto3.client("kms").encrypt(KeyId="alias/etl", Plaintext=bytes(size), EncryptionContext=CONTEXT)
+    with key.unwrap(replace(wrapped, wrapped=answer["CiphertextBlob"]), CONTEXT) as data_key:
+        assert data_key.material == bytes(size)
+
+
+@pytest.mark.parametrize("size", [16, 24, 31, 33])
+def test_a_data_key_that_kms_makes_has_32_bytes(key, monkeypatch, size):
+    answer = {"KeyId": "k", "Plaintext": bytes(size), "CiphertextBlob": b"x"}
+    monkeypatch.setattr(AwsKms, "_call", lambda *_, **__: answer)
+    with pytest.raises(ValueError, match=f"^a data key has 32 bytes; alias/etl made one of {size}$"):
+        key.generate_data_key(CONTEXT)
 
 
 def test_a_context_that_is_too_large_for_kms(key):

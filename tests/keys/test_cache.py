@@ -335,6 +335,27 @@ def test_a_data_key_with_another_id_is_refused_and_not_cached(kms):
     assert kms.calls["unwrap"] == 2
 
 
+@pytest.mark.parametrize("size", [16, 24])
+def test_a_data_key_with_an_id_has_32_bytes(kms, size):
+    short = DataKey(bytes(size), [WrappedKey("counting", "k", bytes(size))])
+    with pytest.raises(TamperedError, match="the key file was changed"):
+        ask([kms], short)
+    with unwrap([kms], short.wrapped_keys, CONTEXT, None, "part-0") as found:
+        assert found.material == short.material
+    with pytest.raises(TamperedError, match="the key file was changed"):
+        ask([kms], short)  # also with a cache that holds it
+
+
+def test_without_an_id_whatever_is_opened_is_taken_and_cached(kms):
+    data_key = kms.generate_data_key(CONTEXT)
+    for _ in range(2):
+        with unwrap([kms], data_key.wrapped_keys, CONTEXT, None, "record 7") as found:
+            assert found.material == data_key.material
+    assert kms.calls["unwrap"] == 1
+    with pytest.raises(TamperedError):
+        ask([kms], data_key, key_id=bytes(16))
+
+
 # The write side
 
 

@@ -92,7 +92,7 @@ def test_an_authentic_blob_of_another_size_is_no_data_key(local_key, wrapped):
     (entry,) = json.loads(Path(local_key.path).read_bytes())["keys"]
     name = wrapped.kms_key.encode()
     aad = len(name).to_bytes(4, "big") + name + bytes(4)
-    sealed = AESGCM(base64.b64decode(entry["key"])).encrypt(bytes(12), b"16 bytes of data", aad)
+    sealed = AESGCM(base64.b64decode(entry["key"])).encrypt(bytes(12), b"20 bytes of anything", aad)
     assert "does not open" in message(TamperedError, local_key.unwrap, replace(wrapped, wrapped=bytes(12) + sealed), {})
 
 

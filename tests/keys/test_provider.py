@@ -94,10 +94,19 @@ def test_the_key_id_is_hkdf_expand_of_rfc5869_under_its_own_label():
     assert DataKey(bytes(32)).key_id != DataKey(MATERIAL).key_id
 
 
-@pytest.mark.parametrize("size", [0, 16, 31, 33])
-def test_a_data_key_has_32_bytes(size):
-    with pytest.raises(ValueError, match=f"^a data key has 32 bytes; the KMS returned {size}$"):
+@pytest.mark.parametrize("size", [0, 15, 17, 31, 33])
+def test_a_data_key_has_the_length_of_an_aes_key(size):
+    with pytest.raises(ValueError, match=f"^a data key has 16, 24 or 32 bytes; the KMS returned {size}$"):
         DataKey(bytes(size))
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_the_shorter_data_keys_of_other_software_are_data_keys(size):
+    key = DataKey(bytes([1]) * size)
+    assert key.duplicate().material == bytes([1]) * size
+    buffer = key.material
+    key.close()
+    assert buffer == bytes(size)
 
 
 def test_each_thread_counts_its_own_kms_calls():
