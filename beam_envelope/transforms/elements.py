@@ -26,7 +26,7 @@ from beam_envelope.errors import (
     TruncatedError,
     WrongKeyError,
 )
-from beam_envelope.formats.dataset_key import DATASET_KEY, DeterministicEncryptor
+from beam_envelope.formats.dataset_key import DATASET_KEY, DeterministicEncryptor, checked_key_name
 from beam_envelope.formats.keyfile import RECORD_CIPHER
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
@@ -161,7 +161,7 @@ def write_keys(
         ValueError, TypeError, FormatError: one is not of the right form.
     """
     pairs = tuple(checked_context(context).items())
-    return WriteKeys(open_keys(key), open_key_store(keys), pairs, policy, dataset_key, cipher)
+    return WriteKeys(open_keys(key), open_key_store(keys), pairs, policy, checked_key_name(dataset_key), cipher)
 
 
 def read_keys(
@@ -205,6 +205,10 @@ class KeyUsingDoFn(beam.DoFn, Generic[Bundle]):
             for name, count in self.close(self.bundle).items():
                 self._progress.add(name, count)
         del self.bundle
+
+    def teardown(self) -> None:
+        """Drop what a bundle that failed has left."""
+        self.__dict__.pop("bundle", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what belongs to a bundle behind: only configuration travels."""

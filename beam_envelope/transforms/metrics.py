@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections import Counter
 from typing import Final
 
@@ -15,16 +17,31 @@ NAMESPACE: Final = "beam_envelope"
 _INTERVAL_S: Final = 0.2
 
 
+class _Reported(threading.local):
+    """The KMS calls of this thread that are reported, or are none of ours, and who reports them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.open: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+_reported: Final = _Reported()
+
+
 class Progress:
     """Counts for one thread: adds to Beam's metrics, and to the progress file a few times in a second.
 
     Use it as a context manager around the work on one file; what is left goes out at its end, also after an error.
+    Where the steps of a pipeline share a thread, each has one open at the same time: a KMS call counts once, in the step
+    that reports next.
     """
 
     def __init__(self) -> None:
-        """Start from the KMS calls made so far."""
+        """Start from the KMS calls made so far, unless another one is open."""
         self._counts: Counter[str] = Counter()
-        self._kms_before = kms_calls.counts.copy()
+        if not _reported.open:
+            _reported.counts = kms_calls.counts.copy()
+        _reported.open.add(self)
         self._due = time.monotonic() + _INTERVAL_S
 
     def add(self, name: str, count: int = 1) -> None:
@@ -40,10 +57,11 @@ class Progress:
     def __exit__(self, *_exception: object) -> None:
         """Report what is left."""
         self._flush()
+        _reported.open.discard(self)
 
     def _flush(self) -> None:
-        calls = kms_calls.counts - self._kms_before
-        self._kms_before += calls
+        calls = kms_calls.counts - _reported.counts
+        _reported.counts += calls
         self._due = time.monotonic() + _INTERVAL_S
         for operation, count in calls.items():
             self._counts[f"kms_{operation}"] += count

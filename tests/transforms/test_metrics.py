@@ -75,6 +75,29 @@ def test_kms_calls_of_this_thread_since_the_start_count_once(counted):
     assert counted == {"beam_envelope:kms_Decrypt": 1, "beam_envelope:kms_GenerateDataKey": 2}
 
 
+def test_a_kms_call_counts_once_where_the_steps_of_a_pipeline_share_a_thread(counted):
+    kms_calls.counts["Decrypt"] += 5
+    first, second = Progress(), Progress()
+    kms_calls.counts["Decrypt"] += 1
+    with first:
+        pass
+    kms_calls.counts["Decrypt"] += 2
+    third = Progress()
+    for progress in (second, third):
+        with progress:
+            pass
+    assert counted == {"beam_envelope:kms_Decrypt": 3}
+
+
+def test_the_progress_of_a_bundle_that_failed_does_not_stay_open(counted):
+    failed = Progress()
+    del failed
+    kms_calls.counts["Decrypt"] += 1
+    with Progress():
+        pass
+    assert counted == {}
+
+
 def test_without_a_launcher_only_beam_is_told(counted, monkeypatch, tmp_path):
     monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "gone"))
     with Progress() as progress:
