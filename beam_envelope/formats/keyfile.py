@@ -27,7 +27,8 @@ PARQUET_CIPHER: Final = "parquet-aes-gcm-v1"
 RECORD_CIPHER: Final = "record-aes-256-gcm"
 DETERMINISTIC_CIPHER: Final = "record-aes-256-siv"
 RAW_CELL_CIPHER: Final = "cell-aes-256-gcm"
-DERIVED_CIPHERS: Final = (RECORD_CIPHER, DETERMINISTIC_CIPHER, RAW_CELL_CIPHER)
+FERNET_CIPHER: Final = "fernet"
+DERIVED_CIPHERS: Final = (RECORD_CIPHER, DETERMINISTIC_CIPHER, RAW_CELL_CIPHER, FERNET_CIPHER)
 """The ciphers whose key is derived from the data key with what `Derivation` holds."""
 CIPHERS: Final = (SHARD_CIPHER, PARQUET_CIPHER, *DERIVED_CIPHERS)
 COMPRESSIONS: Final = ("none", "zstd")
@@ -122,20 +123,7 @@ class KeyFile:
             "content": {"compression": self.compression, "created": self.created, "name": self.name},
             **({} if self.derivation is None else {"derivation": _hex(self.derivation)}),
             "context": dict(sorted(self.context.items())),
-            "data_keys": [
-                {
-                    "key_id": data_key.key_id.hex(),
-                    "wrapped_keys": [
-                        {
-                            "provider": wrapped.provider,
-                            "kms_key": wrapped.kms_key,
-                            "wrapped_key": base64.b64encode(wrapped.wrapped).decode(),
-                        }
-                        for wrapped in data_key.wrapped_keys
-                    ],
-                }
-                for data_key in self.data_keys
-            ],
+            "data_keys": [write_data_key(data_key) for data_key in self.data_keys],
         }
         return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
 
@@ -160,7 +148,7 @@ class KeyFile:
             if document["version"] != VERSION:
                 _refuse(what, "it is of a version that this release does not know; use a newer one")
             parsed = cls(
-                data_keys=tuple(_data_key(entry, what) for entry in document["data_keys"]),
+                data_keys=tuple(parse_data_key(entry, what) for entry in document["data_keys"]),
                 context=_strings(document["context"]),
                 shard_id=uuid.UUID(document["shard_id"]),
                 cipher=_string(document["cipher"]),
@@ -219,7 +207,28 @@ def _derivation(entry: Any) -> Derivation:  # parsed JSON
     return derivation
 
 
-def _data_key(entry: Any, what: str) -> WrappedDataKey:  # parsed JSON
+def write_data_key(data_key: WrappedDataKey) -> dict[str, Any]:
+    """Return a data key as JSON has it."""
+    return {
+        "key_id": data_key.key_id.hex(),
+        "wrapped_keys": [
+            {
+                "provider": wrapped.provider,
+                "kms_key": wrapped.kms_key,
+                "wrapped_key": base64.b64encode(wrapped.wrapped).decode(),
+            }
+            for wrapped in data_key.wrapped_keys
+        ],
+    }
+
+
+def parse_data_key(entry: Any, what: str) -> WrappedDataKey:  # parsed JSON
+    """Return a data key from JSON.
+
+    Raises:
+        FormatError: a length is out of bounds.
+        KeyError, TypeError, ValueError, AttributeError: it is of another form.
+    """
     key_id = bytes.fromhex(entry["key_id"])
     wrapped = tuple(_wrapped_key(form) for form in entry["wrapped_keys"])
     if len(key_id) != KEY_ID_BYTES or not 0 < len(wrapped) <= MAX_WRAPPED_KEYS:

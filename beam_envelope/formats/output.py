@@ -95,17 +95,17 @@ class LocalOutput:
             write_durably(self._temporary_key_file, self._key_file)
         key_path = self._path.with_name(key_file_name(self._path.name))
         # Without the lock a second writer could replace the first one's key file just before it fails to take the name.
-        with _alone_in(self._path.parent):
+        with alone_in(self._path.parent):
             self._refuse_existing()
             if self._key_file is not None:
                 if self._overwrite:
                     self._path.unlink(missing_ok=True)
                 self._temporary_key_file.replace(key_path)
-                _sync_directory(self._path.parent)
+                sync_directory(self._path.parent)
             _publish(self._temporary, self._path, overwrite=self._overwrite)
             if self._key_file is not None:
                 check_key_file(key_path.read_bytes(), self._key_file, self.name)
-        _sync_directory(self._path.parent)
+        sync_directory(self._path.parent)
 
     def abort(self) -> None:
         """Remove the temporary files."""
@@ -167,7 +167,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def check_key_file(found: bytes, ours: bytes, name: str) -> None:
@@ -193,7 +193,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Keep other writers on this machine waiting, for the moment of a commit; a disk that has no locks goes without."""
     try:
         import fcntl  # noqa: PLC0415  # POSIX only
@@ -226,7 +226,8 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
         temporary.unlink()
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush a folder's names to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

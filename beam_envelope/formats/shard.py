@@ -82,7 +82,7 @@ def create_shard(
         output: Output = LocalOutput(_local_path(destination, "create_shard"), overwrite=overwrite)
         name = Path(destination).name
     else:
-        output = StreamOutput(destination, _key_file_writer(key_file))
+        output = StreamOutput(destination, key_file_writer(key_file))
         name = ""
     try:
         with cache.generate_data_key(keys, pairs) as data_key:
@@ -126,7 +126,7 @@ def open_shard(
         if key_file is None:
             msg = "a stream has no name beside which a key file could be; pass key_file= (a path, bytes or a stream)"
             raise ValueError(msg)
-        return open_sealed(source, _read_key_file(key_file), keys, context, str(getattr(source, "name", "the shard")))
+        return open_sealed(source, read_key_file(key_file), keys, context, str(getattr(source, "name", "the shard")))
     path = _local_path(source, "open_shard")
     if is_internal(path.name):
         msg = f"{path} is a key file or an unfinished file, not a shard. Name the shard itself"
@@ -134,7 +134,7 @@ def open_shard(
     # Unbuffered: the buffer that matters is the one of decrypted chunks.
     stream = path.open("rb", buffering=0)
     try:
-        raw = _read_key_file(key_file) if key_file is not None else _sibling_key_file(path, stream)
+        raw = read_key_file(key_file) if key_file is not None else _sibling_key_file(path, stream)
         return open_sealed(stream, raw, keys, context, str(path), own=True)
     except BaseException:
         stream.close()
@@ -230,12 +230,13 @@ _MAGICS: Final = (
 
 def _sibling_key_file(path: Path, stream: io.FileIO) -> bytes:
     try:
-        return _read_key_file(path.with_name(key_file_name(path.name)))
+        return read_key_file(path.with_name(key_file_name(path.name)))
     except KeyFileMissingError:
         raise missing_key_file(str(path), stream.read(HEADER_BYTES) or b"") from None
 
 
-def _read_key_file(source: KeyFileSource) -> bytes:
+def read_key_file(source: KeyFileSource) -> bytes:
+    """Return a key file's bytes; one more than are allowed if there are more. Raises KeyFileMissingError, OSError."""
     if isinstance(source, bytes):
         return source
     if isinstance(source, (str, os.PathLike)):
@@ -247,7 +248,8 @@ def _read_key_file(source: KeyFileSource) -> bytes:
     return source.read(MAX_KEY_FILE_BYTES + 1)
 
 
-def _key_file_writer(key_file: str | os.PathLike[str] | BinaryIO | None) -> Callable[[bytes], object]:
+def key_file_writer(key_file: str | os.PathLike[str] | BinaryIO | None) -> Callable[[bytes], object]:
+    """Return what writes the key file of a stream. Raises ValueError: there is no place for it."""
     if key_file is None:
         msg = "a stream has no name beside which a key file could be written; pass key_file= (a path or a stream)"
         raise ValueError(msg)

@@ -22,3 +22,12 @@ def three_chunks(key):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "part-0.csv"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Three keys for the whole module."""
+    made = [LocalKms(tmp_path_factory.mktemp("keyring") / f"{name}.json") for name in ("main", "pii", "geo")]
+    for key in made:
+        generate_local_key(key)
+    return made

@@ -244,7 +244,7 @@ def test_a_child_that_was_forked_during_a_commit_does_not_keep_the_folder_locked
     import fcntl
 
     here, there = os.pipe()
-    with output._alone_in(tmp_path):
+    with output.alone_in(tmp_path):
         child = os.fork()
         if not child:
             os.close(there)
