@@ -36,7 +36,7 @@ def test_every_file_that_the_page_names_exists():
         assert (ROOT / "beam_envelope" / name).exists()
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["writer", "reader"])
+@pytest.mark.parametrize("policy", POLICIES, ids=["writer", "reader", "rotator"])
 def test_a_policy_is_one(policy):
     statements = json.loads(policy)["Statement"]
 

@@ -73,6 +73,30 @@ def clear_s3_clients() -> None:
 os.register_at_fork(after_in_child=clear_s3_clients)
 
 
+def replace_object(path: str, old: bytes, new: bytes) -> None:
+    """Replace a small object whose content is `old`, by a request that S3 refuses if it changed meanwhile.
+
+    Raises:
+        FileExistsError: it is not `old`.
+        FileNotFoundError, PermissionError, OSError: from S3.
+    """
+    bucket, key = _split(path)
+    place = {"Bucket": bucket, "Key": key}
+    with _as_os_errors(path, "s3:GetObject"):
+        answer = s3_client().get_object(**place)
+        found = answer["Body"].read(len(old) + 1)
+    if found != old:
+        raise FileExistsError(errno.EEXIST, "it was replaced since it was read", path)
+    with _as_os_errors(path, "s3:PutObject"):
+        try:
+            s3_client().put_object(**place, Body=new, ContentType="application/json", IfMatch=answer["ETag"])
+        except boto_errors.ClientError as error:
+            if error.response["Error"].get("Code") != "NotImplemented":
+                raise
+            # A store without conditional writes: the look just before has to do.
+            s3_client().put_object(**place, Body=new, ContentType="application/json")
+
+
 class S3Store:
     """Objects named `s3://bucket/key`."""
 
