@@ -1,4 +1,4 @@
-"""The payloads of single values: those of Arrow's scalar types, and the times and zones of Python. docs/format.md, 3.
+"""The payloads of single values: those of Arrow's scalar types, and the times and zones of Python. docs/format.md, 9.1.
 
 What a type is called is written as in the Arrow C data interface (arrow.apache.org/docs/format/CDataInterface.html).
 Lists, structs and other nested Arrow types are not here.

@@ -1,4 +1,4 @@
-"""Self-contained records: AWS Encryption SDK messages, which any AWS Encryption SDK reads. Bytes: docs/format.md, 4.
+"""Self-contained records: AWS Encryption SDK messages, which any AWS Encryption SDK reads. Bytes: docs/format.md, 8.
 
 Headers are parsed in esdk_header.py, bodies in esdk_body.py; the standard is the AWS Encryption SDK Specification.
 Encryptors and decryptors are for one process: they cannot be pickled, and a fork leaves them without keys.

@@ -1,6 +1,6 @@
 """The body and the footer of an AWS Encryption SDK message: frames or one block, and the signature.
 
-Bytes: docs/format.md, 4; the standard: AWS Encryption SDK Specification, "message-body.md" and "message-footer.md".
+Bytes: docs/format.md, 8; the standard: AWS Encryption SDK Specification, "message-body.md" and "message-footer.md".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The header of an AWS Encryption SDK message: its suites, and how it is written and parsed. No key is used here.
 
-Bytes: docs/format.md, 4; the standard: AWS Encryption SDK Specification, "message-header.md" and
+Bytes: docs/format.md, 8; the standard: AWS Encryption SDK Specification, "message-header.md" and
 "algorithm-suites.md".
 """
 

@@ -1,4 +1,4 @@
-"""The key store: a folder of key files, one for each key that encrypts records. docs/format.md, 3.
+"""The key store: a folder of key files, one for each key that encrypts records. docs/format.md, 7.
 
 Here is what every key store does, and the one on a local disk; stores elsewhere are in io/keystore.py.
 """

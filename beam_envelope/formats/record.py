@@ -1,4 +1,4 @@
-"""Records and cells: any bytes as a compact envelope that names its key. Bytes: docs/format.md, 3.
+"""Records and cells: any bytes as a compact envelope that names its key. Bytes: docs/format.md, 7.
 
 Encryptors and decryptors are for one process: they cannot be pickled, and after a fork they start anew.
 """
@@ -191,6 +191,7 @@ class RecordDecryptor:
                 return key.siv.decrypt(envelope[17:], [prefix + place])
             return key.gcm.decrypt(envelope[17:29], envelope[29:], prefix + place)
         except (InvalidTag, ValueError):
+            check_envelope(envelope)
             raise _not_authentic(envelope) from None
 
     def key(self, key_id: bytes, cipher: str) -> RecordKey:

@@ -1,4 +1,4 @@
-"""The keys that encrypt records and cells: derived from a data key, committed to in a key file. docs/format.md, 3."""
+"""The keys that encrypt records and cells: derived from a data key, committed to in a key file. docs/format.md, 7."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from beam_envelope.errors import FormatError, TamperedError
 from beam_envelope.formats.keyfile import (
     COMMITMENT_BYTES,
     DETERMINISTIC_CIPHER,
+    FERNET_CIPHER,
     RAW_CELL_CIPHER,
     RECORD_CIPHER,
     SALT_BYTES,
@@ -39,7 +40,8 @@ MIN_BYTES: Final = {
 }
 
 _LABEL: Final = b"beam-envelope/record@v1\x00"
-_KEY_BYTES: Final = {RECORD_CIPHER: 32, DETERMINISTIC_CIPHER: 64, RAW_CELL_CIPHER: 32}
+_KEY_BYTES: Final = {RECORD_CIPHER: 32, DETERMINISTIC_CIPHER: 64, RAW_CELL_CIPHER: 32, FERNET_CIPHER: 32}
+_TAKEN_OUT: Final = frozenset({RAW_CELL_CIPHER, FERNET_CIPHER})  # keys that other software needs as bytes
 
 
 class RecordKey:
@@ -47,7 +49,7 @@ class RecordKey:
 
     Attributes:
         key_id: 16 bytes, the start of the commitment.
-        prefix: what each envelope begins with: suite byte and key id. Raw cells have none.
+        prefix: what each envelope begins with: suite byte and key id. Raw cells and Fernet have none.
         aad: what the additional authenticated data begins with: the prefix too.
         deterministic: whether it has `siv`, the AES-256-SIV cipher, in place of `gcm`, the AES-256-GCM cipher.
         base_nonce: a number of 96 bits; the nonce of record n is this XOR n.
@@ -67,16 +69,16 @@ class RecordKey:
             self.siv = AESSIV(key)
         else:
             self.gcm = AESGCM(key)
-        self._key = key if cipher == RAW_CELL_CIPHER else b""
+        self._key = key if cipher in _TAKEN_OUT else b""
 
     def raw_key(self) -> bytes:
-        """Return the 32 bytes of a raw cells' key, for SQL functions and Tink.
+        """Return the 32 bytes of a raw cells' key, for SQL functions and Tink, or of a Fernet key.
 
         Raises:
             ValueError: it is another kind of key: those never leave this object.
         """
         if not self._key:
-            msg = "only the keys of raw cells (layout='raw') can be taken out"
+            msg = "only the keys of raw cells (layout='raw') and of Fernet can be taken out"
             raise ValueError(msg)
         return self._key
 

@@ -1,4 +1,4 @@
-"""Python values as the plaintext of cells, and back with exactly the same type. Bytes: docs/format.md, 3.
+"""Python values as the plaintext of cells, and back with exactly the same type. Bytes: docs/format.md, 9.1.
 
 A cell's plaintext is `type ‖ 0x00 ‖ payload`. Types that Arrow has too are called as Arrow calls them, so that a cell
 that a column was encrypted into opens here; those of Python alone begin with `@`.

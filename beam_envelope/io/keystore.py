@@ -1,14 +1,20 @@
-"""Key stores on any Beam filesystem: `open_key_store("s3://bucket/keys/")`."""
+"""Key stores on any Beam filesystem: `open_key_store("s3://bucket/keys/")`, and what a program does with one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from beam_envelope.formats import dataset_key
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, key_file_name
 from beam_envelope.formats.keystore import KeyStore, LocalKeyStore
+from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
+from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.uri import Key, open_keys
 
 if TYPE_CHECKING:
     from beam_envelope.io.store import Store
@@ -35,6 +41,93 @@ def open_key_store(keys: str | os.PathLike[str] | KeyStore) -> KeyStore:
         msg = f"keys= is a folder or a KeyStore, not a {type(keys).__name__}"
         raise TypeError(msg)
     return keys
+
+
+def create_records(
+    *,
+    key: Key | Sequence[Key],
+    keys: str | os.PathLike[str] | KeyStore,
+    context: Mapping[str, str] | None = None,
+    policy: DataKeyPolicy | None = None,
+) -> RecordEncryptor:
+    """Return what encrypts records one by one, without Beam. It is for one process, and safe between its threads.
+
+    Args:
+        key: the KMS key, as URI or provider, or several: any one of them opens the records.
+        keys: the key store: a folder.
+        context: the encryption context, which a reader has to give again. Nothing secret.
+        policy: the limits of one data key.
+
+    Raises:
+        ValueError, TypeError, FormatError: an argument is not of the right form.
+
+    Example:
+        >>> records = create_records(key="local-kms://keyring.json", keys="keys/", context={"dataset": "orders"})
+        >>> envelope = records.encrypt(b"4111111111111111")
+    """
+    return RecordEncryptor(open_keys(key), open_key_store(keys), checked_context(context), policy or DataKeyPolicy())
+
+
+def open_records(
+    *,
+    key: Key | Sequence[Key],
+    keys: str | os.PathLike[str] | KeyStore,
+    context: Mapping[str, str] | AnyContext | None = None,
+) -> RecordDecryptor:
+    """Return what decrypts records one by one, without Beam. It is for one process, and safe between its threads.
+
+    Args:
+        key: the KMS key, as URI or provider, or several, any of which may open a record.
+        keys: the key store that the writer had.
+        context: the encryption context that the records were written with, or `ANY_CONTEXT`.
+
+    Raises:
+        ValueError, TypeError, FormatError: an argument is not of the right form.
+
+    Example:
+        >>> records = open_records(key="local-kms://keyring.json", keys="keys/", context={"dataset": "orders"})
+        >>> records.decrypt(envelope)
+        b'4111111111111111'
+    """
+    expected = context if isinstance(context, AnyContext) else checked_context(context)
+    return RecordDecryptor(open_keys(key), open_key_store(keys), expected)
+
+
+def create_dataset_key(
+    *,
+    key: Key | Sequence[Key],
+    keys: str | os.PathLike[str] | KeyStore,
+    context: Mapping[str, str] | None = None,
+    name: str = dataset_key.DATASET_KEY,
+    alone: bool = False,
+) -> str:
+    """Make the key of `deterministic=True` in a key store, or find the one that is there.
+
+    The transforms do it themselves, except where a store cannot create a file for one of two writers only.
+
+    Args:
+        key: the KMS key, as URI or provider, or several.
+        keys: the key store: a folder.
+        context: the encryption context.
+        name: the dataset key's name: `dataset_key=` of the transforms.
+        alone: you see to it that nobody else makes this key at the same time; stores other than local disks and S3
+            need that.
+
+    Returns:
+        Its key id.
+
+    Raises:
+        ValueError, TypeError, FormatError: an argument is not of the right form, or what is there is no such key.
+        ContextMismatchError, WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError: it is there for another
+            context or key, was changed, or the KMS does not answer.
+        OSError: from the store, or it cannot create a file only once, and `alone` is False.
+
+    Example:
+        >>> create_dataset_key(key="aws-kms://alias/etl", keys="gs://sealed/keys/", alone=True)
+        'ac2e8f5f8cad64f972a988f611766261'
+    """
+    store = open_key_store(keys)
+    return dataset_key.create_dataset_key(open_keys(key), store, checked_context(context), name, alone=alone).hex()
 
 
 class RemoteKeyStore:
@@ -72,8 +165,8 @@ class RemoteKeyStore:
             return found
         if not self._folder.startswith("s3://"):
             msg = (
-                "this store cannot create a file once where two jobs race. Create the dataset key beforehand, in one "
-                "place, with create_dataset_key"
+                "this store cannot create a file once where two jobs race. Make the key beforehand, in one place, with "
+                "create_dataset_key(..., alone=True)"
             )
             raise OSError(errno.ENOTSUP, msg, self._path(name))
         with contextlib.suppress(FileExistsError):

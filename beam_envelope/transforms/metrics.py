@@ -32,8 +32,8 @@ class Progress:
     """Counts for one thread: adds to Beam's metrics, and to the progress file a few times in a second.
 
     Use it as a context manager around the work on one file; what is left goes out at its end, also after an error.
-    Where the steps of a pipeline share a thread, each has one open at the same time: a KMS call counts once, in the step
-    that reports next.
+    Where the steps of a pipeline share a thread, each has one open at the same time: a KMS call counts once, in the
+    step that reports next.
     """
 
     def __init__(self) -> None:
