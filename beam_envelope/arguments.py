@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterable
 from typing import Final
 
-from beam_envelope.formats.keyfile import COMPRESSIONS
 from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
+from beam_envelope.table_arguments import CODECS, add_decrypt_table_arguments, add_encrypt_table_arguments
 
 IF_EXISTS: Final = ("error", "skip", "overwrite")
 
@@ -42,8 +42,13 @@ def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --split-lines: repeat the first N lines in each shard",
     )
-    parser.add_argument("--compression", choices=COMPRESSIONS, default="none", help="before encryption (default: none)")
+    parser.add_argument(
+        "--compression",
+        choices=CODECS,
+        help="before encryption. Shards: none (default) or zstd. Parquet: default as in the input, and snappy for text",
+    )
     _add_common_arguments(parser)
+    add_encrypt_table_arguments(parser)
 
 
 def add_decrypt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +59,41 @@ def add_decrypt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the plain files go")
     add_reader_arguments(parser)
     _add_common_arguments(parser)
+    add_decrypt_table_arguments(parser)
+
+
+def add_rotate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a rotating job."""
+    parser.add_argument(
+        "patterns",
+        nargs="+",
+        metavar="KEY_FILES",
+        help="a folder, or a quoted glob of shards or of key files; ** for sub-folders. Shards are not read",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        action="append",
+        metavar="KEY",
+        help=f"the key that opens what is there. {KEY_HELP[0].upper()}{KEY_HELP[1:]}. Give it again for several",
+    )
+    parser.add_argument("--to", metavar="KEY", help="the key that takes its place; the same key: its newest version")
+    parser.add_argument("--add", metavar="KEY", action="append", default=[], help="a key that opens it as well")
+    parser.add_argument(
+        "--remove",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="a key that opens it no longer; --from is one that stays, and is tried first",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="change nothing, and say what would be changed")
+    parser.add_argument(
+        "--log", metavar="FILE", help="write what was done to each key file, as JSON lines; FILE must not exist"
+    )
+    parser.add_argument(
+        "--max-requests-per-s", type=float, metavar="N", help="at most so many requests to the KMS in a second"
+    )
 
 
 def add_shards_argument(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,23 @@ below 64 MiB one, since starting workers would take longer than the work.
 """
 
 
+_ROTATE_EPILOG: Final = """\
+Examples:
+  beam-envelope rotate sealed/ --from aws-kms://alias/old --to aws-kms://alias/new --dry-run
+  beam-envelope rotate sealed/ --from aws-kms://alias/old --to aws-kms://alias/new --log rotation.jsonl
+  beam-envelope rotate sealed/ --from aws-kms://alias/etl --add aws-kms://alias/partner     # both open it
+  beam-envelope rotate sealed/ --from aws-kms://alias/partner --remove aws-kms://alias/etl  # partner stays
+  beam-envelope rotate 's3://sealed/2026/**' --from hcvault://transit/keys/etl --to hcvault://transit/keys/etl
+
+Key files are rewritten, and nothing else is read; the last example wraps anew under the key's newest version. A
+rotation that was stopped is run again: what is done is left alone. Exit status 1: a key file could not be rotated,
+for the reason that is printed; all others were. Quote patterns, so that the shell leaves them alone. Any option of
+Beam may follow, as --NAME=VALUE. With no runner named, the job uses all cores of this machine for many key files.
+"""
+
+_AGAIN: Final = {"rotate": "Run it again to finish it."}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -52,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(commands[words[0]], words)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(words[0])
     except BrokenPipeError:  # `beam-envelope cat ... | head`
         # Python, at its end, would complain of the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,15 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EnvelopeError, OSError, ValueError, TypeError, RuntimeError) as error:
         message = console.describe(error)
         if message == KeyboardInterrupt.__name__:  # Beam has wrapped one that came in the middle of a DoFn
-            return _interrupted()
+            return _interrupted(words[0])
         if verbose:
             console.errors.print_exception()
         console.errors.print(f"[bold red]beam-envelope {words[0]}:[/] {escape(message)}")
         return 1
 
 
-def _interrupted() -> int:
-    console.errors.print("Interrupted. Run it again with --if-exists=skip to finish it.")
+def _interrupted(command: str) -> int:
+    again = _AGAIN.get(command, "Run it again with --if-exists=skip to finish it.")
+    console.errors.print(f"Interrupted. {again}")
     return 130
 
 
@@ -120,6 +138,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         arguments.add_decrypt_arguments,
         arguments.add_json_argument,
         epilog=_JOB_EPILOG,
+    )
+    add(
+        "rotate",
+        "have the KMS wrap data keys by another key, or by more or fewer, without reading shards",
+        arguments.add_rotate_arguments,
+        arguments.add_json_argument,
+        epilog=_ROTATE_EPILOG,
     )
     add(
         "inspect",

@@ -1,4 +1,4 @@
-"""The commands that work on files: encrypt, decrypt, inspect, cat."""
+"""The commands that work on files: encrypt, decrypt, inspect, cat; rotate is in rotate_command.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs
+from beam_envelope import console, jobs, rotate_command
 from beam_envelope.arguments import context_of
 from beam_envelope.console import printable
+from beam_envelope.formats.keyfile import PARQUET_CIPHER
 from beam_envelope.inventory import ShardEntry, list_shards
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.keys.provider import kms_calls
-from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
+from beam_envelope.transforms.file_work import FilesTransform
 from beam_envelope.transforms.plan import DecryptPlan, Task
 
 _COPY_BYTES: Final = 1 << 20
@@ -40,19 +41,21 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
     if command == "encrypt":
         transform = jobs.encrypt_transform(arguments)
         tasks = jobs.plan_tasks(transform.plan, arguments.patterns)
-        jobs.check_encrypt(arguments)
+        jobs.check_encrypt(arguments, transform, tasks)
         return _run_job("Encrypt", transform, tasks, arguments, options)
     if command == "decrypt":
         reader = jobs.decrypt_transform(arguments)
         tasks = jobs.plan_tasks(reader.plan, arguments.patterns)
-        jobs.check_decrypt(arguments, tasks)
+        reader.work.check(tasks[0])
         return _run_job("Decrypt", reader, tasks, arguments, options)
+    if command == "rotate":
+        return rotate_command.run(arguments, options)
     return _inspect(arguments) if command == "inspect" else _cat(arguments)
 
 
 def _run_job(
     verb: str,
-    transform: EncryptFiles | DecryptFiles,
+    transform: FilesTransform,
     tasks: Sequence[Task],
     arguments: argparse.Namespace,
     options: PipelineOptions,
@@ -78,6 +81,7 @@ def _run_job(
         return 0
     files = _count(summary["files"], "file")
     skipped = f", {summary['files_skipped']} skipped" if summary["files_skipped"] else ""
+    skipped += f", {_count(summary['rows'], 'row')}" if "rows" in summary else ""
     calls = ", ".join(f"{count} {name}" for name, count in summary["kms_calls"].items()) or "none"
     checked = f", and {sum(checks.values())} to check the key first" if checks else ""
     console.output.print(
@@ -114,7 +118,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         table.add_row(*map(escape, _row(entry)))
     if shards:
         console.output.print(table)
-    keys = {key for entry in shards for key in entry.kms_keys}
+    keys = {key for entry in shards for group in (entry.kms_keys, *entry.column_kms_keys) for key in group}
     total = decimal(sum(entry.stored_bytes for entry in shards))
     console.output.print(f"{_count(len(shards), 'shard')}, {total} stored, {_count(len(keys), 'KMS key')}.")
     for entry in entries:
@@ -126,8 +130,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _row(entry: ShardEntry) -> tuple[str, ...]:
     context = printable(", ".join(f"{name}={value}" for name, value in (entry.context or {}).items()))
-    keys = "\n".join(map(printable, entry.kms_keys))
-    size = "zstd" if entry.plaintext_bytes is None else decimal(entry.plaintext_bytes)
+    columns = (f"columns: {key}" for group in entry.column_kms_keys for key in group)
+    keys = "\n".join(map(printable, [*entry.kms_keys, *columns]))
+    unknown = "Parquet" if entry.cipher == PARQUET_CIPHER else "zstd"
+    size = unknown if entry.plaintext_bytes is None else decimal(entry.plaintext_bytes)
     return printable(entry.path), keys, context, size, decimal(entry.stored_bytes), _age(entry.age_s())
 
 

@@ -91,12 +91,12 @@ class JobProgress:
     Workers elsewhere do not report here; then only the first line shows.
 
     Args:
-        verb: `Encrypting` or `Decrypting`.
+        verb: `Encrypting`, say.
         n_files: how many files or parts there are.
-        n_bytes: how many bytes they have.
+        n_bytes: how many bytes they have; None for key files, of which only the number counts.
     """
 
-    def __init__(self, verb: str, n_files: int, n_bytes: int) -> None:
+    def __init__(self, verb: str, n_files: int, n_bytes: int | None) -> None:
         """Show nothing yet."""
         self._verb, self._n_files, self._n_bytes = verb, n_files, n_bytes
         self._stop = threading.Event()
@@ -131,36 +131,49 @@ class JobProgress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *(() if self._n_bytes is None else (DownloadColumn(), TransferSpeedColumn())),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        total = self._n_files if self._n_bytes is None else self._n_bytes
         with Progress(*columns, console=errors) as bar:
-            task = bar.add_task(self._verb, total=self._n_bytes or None, note="starting workers")
+            task = bar.add_task(self._verb, total=total or None, note="starting workers")
             stopped = False
             while not stopped:
                 stopped = self._stop.wait(_LOOK_S)
                 counts = self._file.read()
                 if counts:
-                    bar.update(task, completed=_done_bytes(counts), note=self._note(counts))
+                    done = _done_files(counts) if self._n_bytes is None else _done_bytes(counts)
+                    bar.update(task, completed=done, note=self._note(counts))
 
     def _print_lines(self) -> None:
         start = time.monotonic()
-        files = f"{self._n_files} file{'' if self._n_files == 1 else 's'}"
-        errors.print(f"{self._verb} {files}, {decimal(self._n_bytes)} ...")
+        files = f"{self._n_files} {self._noun}{'' if self._n_files == 1 else 's'}"
+        n_bytes = self._n_bytes
+        errors.print(f"{self._verb} {files}{'' if n_bytes is None else f', {decimal(n_bytes)}'} ...")
         while not self._stop.wait(_LINE_S):
             counts = self._file.read()
+            if n_bytes is None:
+                errors.print(self._note(counts))
+                continue
             done = _done_bytes(counts)
             rate = done / (time.monotonic() - start)
-            left = f", {(self._n_bytes - done) / rate:.0f} s left" if rate else ""
-            total = f"{decimal(done)} of {decimal(self._n_bytes)}"
+            left = f", {(n_bytes - done) / rate:.0f} s left" if rate else ""
+            total = f"{decimal(done)} of {decimal(n_bytes)}"
             errors.print(f"{total}, {decimal(int(rate))}/s{left}, {self._note(counts)}")
 
+    @property
+    def _noun(self) -> str:
+        return "key file" if self._n_bytes is None else "file"
+
     def _note(self, counts: Counter[str]) -> str:
-        files = counts["files"] + counts["files_skipped"]
         calls = sum(count for name, count in counts.items() if name.startswith("kms_"))
-        return f"{files}/{self._n_files} files, {calls} KMS call{'' if calls == 1 else 's'}"
+        return f"{_done_files(counts)}/{self._n_files} {self._noun}s, {calls} KMS call{'' if calls == 1 else 's'}"
+
+
+def _done_files(counts: Counter[str]) -> int:
+    names = ("files", "files_skipped", "key_files", "key_files_failed")
+    return sum(counts[name] for name in names)
 
 
 def _done_bytes(counts: Counter[str]) -> int:

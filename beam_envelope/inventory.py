@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
 
 from beam_envelope.errors import EnvelopeError
-from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile, is_key_file, key_file_name
+from beam_envelope.formats.keyfile import (
+    MANIFEST_NAME,
+    MAX_KEY_FILE_BYTES,
+    SHARD_CIPHER,
+    KeyFile,
+    WrappedDataKey,
+    is_key_file,
+    key_file_name,
+)
 from beam_envelope.formats.shard_layout import plaintext_size
 from beam_envelope.io.store import expand, key_file_path, read_small, split_path, store_of
+from beam_envelope.keys.provider import WrappedKey
 
 _READERS: Final = 16  # key files are read in parallel: on S3, each read is mostly waiting
 
@@ -23,8 +32,12 @@ class ShardEntry:
     Attributes:
         path: the file.
         stored_bytes: its size.
-        plaintext_bytes: the size of what is in it, unless it is compressed.
-        kms_keys: the KMS keys any of which opens it.
+        plaintext_bytes: the size of what is in it, unless it is compressed or Parquet.
+        kms_keys: the KMS keys any of which opens it; of encrypted Parquet, its footer, and columns without keys of
+            their own.
+        column_kms_keys: of encrypted Parquet: for each other data key, the KMS keys any of which opens its columns.
+            Which columns those are, the encrypted footer says.
+        cipher: how it is encrypted.
         context: its encryption context.
         compression: `none` or `zstd`.
         created: when it was written, in UTC.
@@ -38,6 +51,8 @@ class ShardEntry:
     context: dict[str, str] | None = None
     compression: str = ""
     created: str = ""
+    cipher: str = SHARD_CIPHER
+    column_kms_keys: tuple[tuple[str, ...], ...] = ()
     problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,22 +98,27 @@ def _entry(path: str, sizes: dict[str, int]) -> ShardEntry | None:
         return ShardEntry(path, sizes[path], problem="no key file: not a shard, or nobody can open it")
     try:
         key_file = KeyFile.from_bytes(raw, f"the key file of {path}")
-        held = plaintext_size(sizes[path], path)
+        of_shard = key_file.cipher == SHARD_CIPHER
+        held = plaintext_size(sizes[path], path) if of_shard else None
     except EnvelopeError as error:
         return ShardEntry(path, sizes[path], problem=str(error))
     return ShardEntry(
         path,
         sizes[path],
         held if key_file.compression == "none" else None,
-        tuple(_kms_keys(key_file)),
+        _kms_keys(key_file.data_keys[0]),
         dict(key_file.context),
         key_file.compression,
         key_file.created,
+        key_file.cipher,
+        tuple(map(_kms_keys, key_file.data_keys[1:])),
     )
 
 
-def _kms_keys(key_file: KeyFile) -> Iterator[str]:
-    for data_key in key_file.data_keys:
-        for wrapped in data_key.wrapped_keys:
-            named = wrapped.provider == "aws-kms" or wrapped.kms_key.startswith(f"{wrapped.provider}://")
-            yield wrapped.kms_key if named else f"{wrapped.provider}:{wrapped.kms_key}"
+def _kms_keys(data_key: WrappedDataKey) -> tuple[str, ...]:
+    return tuple(map(_kms_key, data_key.wrapped_keys))
+
+
+def _kms_key(wrapped: WrappedKey) -> str:
+    named = wrapped.provider == "aws-kms" or wrapped.kms_key.startswith(f"{wrapped.provider}://")
+    return wrapped.kms_key if named else f"{wrapped.provider}:{wrapped.kms_key}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -22,17 +24,21 @@ from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import PipelineResult
+from apache_beam.transforms.error_handling import CollectingErrorHandler
 
+from beam_envelope import table_arguments
 from beam_envelope.arguments import context_of
 from beam_envelope.errors import EnvelopeError
-from beam_envelope.io.shards import open_shard_at
-from beam_envelope.io.store import existing, same_place
+from beam_envelope.io.store import existing, same_place, store_of
 from beam_envelope.keys.cache import generate_data_key
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import open_keys
 from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
 from beam_envelope.transforms.metrics import NAMESPACE
-from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task, as_folder, unique_task
+from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, as_folder, unique_task
+from beam_envelope.transforms.rotate import RotateKeys
+from beam_envelope.transforms.rotation_log import WriteRotationLog
+from beam_envelope.transforms.tables import DecryptAny, DecryptTables, EncryptTables
 
 _WAKE_UP: Final = signal.SIGUSR1
 
@@ -61,29 +67,74 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     return arguments, PipelineOptions(rest)
 
 
-def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles:
+def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTables:
     """Return the transform that the arguments describe. Raises ValueError, FormatError."""
+    table_arguments.refuse_other_format(arguments)
+    context: Any = context_of(arguments)  # encrypting has no --any-context
+    if arguments.format == "parquet":
+        return EncryptTables(
+            arguments.output,
+            key=arguments.key,
+            context=context,
+            if_exists=arguments.if_exists,
+            relative_to=arguments.relative_to,
+            **table_arguments.encrypt_settings(arguments),
+        )
     return EncryptFiles(
         arguments.output,
         key=arguments.key,
-        context=context_of(arguments),  # type: ignore[arg-type]  # encrypting has no --any-context
+        context=context,
         split_lines=arguments.split_lines,
         header_lines=arguments.header_lines,
-        compression=arguments.compression,
+        compression=arguments.compression or "none",
         if_exists=arguments.if_exists,
         relative_to=arguments.relative_to,
     )
 
 
-def decrypt_transform(arguments: argparse.Namespace) -> DecryptFiles:
+def decrypt_transform(arguments: argparse.Namespace) -> DecryptTables | DecryptAny:
     """Return the transform that the arguments describe. Raises ValueError, FormatError."""
-    return DecryptFiles(
-        arguments.output,
-        key=arguments.key,
-        context=context_of(arguments),
-        if_exists=arguments.if_exists,
-        relative_to=arguments.relative_to,
+    common: dict[str, Any] = {
+        "key": arguments.key,
+        "context": context_of(arguments),
+        "if_exists": arguments.if_exists,
+        "relative_to": arguments.relative_to,
+    }
+    tables = DecryptTables(arguments.output, **common, **table_arguments.decrypt_settings(arguments))
+    return tables if arguments.cells else DecryptAny(DecryptFiles(arguments.output, **common), tables)
+
+
+def rotate_transform(arguments: argparse.Namespace) -> RotateKeys:
+    """Return the transform that the arguments describe. Raises ValueError, FormatError."""
+    return RotateKeys(
+        arguments.source,
+        to=arguments.to,
+        add=arguments.add,
+        remove=arguments.remove,
+        dry_run=arguments.dry_run,
+        max_requests_per_s=arguments.max_requests_per_s,
     )
+
+
+def add_rotation(pipeline: beam.Pipeline, arguments: argparse.Namespace, log: str | None) -> None:
+    """Add the steps of a rotation to a pipeline. Files that fail are in the log, or else in that of the workers."""
+    with CollectingErrorHandler() as failures:
+        rotate = rotate_transform(arguments).with_error_handler(failures)
+        rotated = pipeline | "KeyFiles" >> beam.Create(arguments.patterns) | "RotateKeys" >> rotate
+    if log is None:
+        _ = failures.output() | "Tell" >> beam.Map(_tell)
+    else:
+        _ = (rotated, failures.output()) | "Log" >> WriteRotationLog(log, dry_run=arguments.dry_run)
+
+
+def _tell(failed: FailedFile) -> None:
+    logging.getLogger(__name__).error("%s: %s", failed.source, failed.message)
+
+
+def check_no_log(log: str | None) -> None:
+    """Keep the log of an earlier rotation. Raises FileExistsError, OSError."""
+    if log is not None and store_of(log).size(log) is not None:
+        raise FileExistsError(errno.EEXIST, "the log exists, and is kept; name another", log)
 
 
 def plan_tasks(plan: EncryptPlan | DecryptPlan, patterns: Sequence[str]) -> list[Task]:
@@ -105,16 +156,20 @@ def plan_tasks(plan: EncryptPlan | DecryptPlan, patterns: Sequence[str]) -> list
     return [unique_task(target, tasks) for target, tasks in by_target.items()]
 
 
-def check_encrypt(arguments: argparse.Namespace) -> None:
-    """Try every key once. Raises KeyAccessError, KmsUnavailableError."""
+def check_encrypt(
+    arguments: argparse.Namespace, transform: EncryptFiles | EncryptTables, tasks: Sequence[Task]
+) -> None:
+    """Look at the columns of the first table, and try every key once.
+
+    Raises:
+        FormatError: that file has no such columns, or is no table.
+        KeyAccessError, KmsUnavailableError: from the KMS.
+    """
+    transform.work.check(tasks[0])
     context = context_of(arguments)
-    generate_data_key(open_keys(arguments.key), {} if isinstance(context, AnyContext) else context).close()
-
-
-def check_decrypt(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
-    """Open the first shard. Raises as `open_shard`."""
-    _, shard = open_shard_at(tasks[0].source, arguments.key, context_of(arguments))
-    shard.close()
+    groups = transform.key_groups if isinstance(transform, EncryptTables) else (open_keys(arguments.key),)
+    for group in groups:
+        generate_data_key(group, {} if isinstance(context, AnyContext) else context).close()
 
 
 def make_pipeline(options: PipelineOptions, n_tasks: int | None = None, n_bytes: int | None = None) -> beam.Pipeline:
@@ -152,10 +207,13 @@ def _cores() -> int:
 
 
 @contextmanager
-def fail_when_a_worker_dies() -> Iterator[None]:
+def fail_when_a_worker_dies(again: str = "with --if-exists=skip") -> Iterator[None]:
     """Let a local job end with an error when one of its worker processes dies; Beam's FnApiRunner would wait for ever.
 
     The runner notices, in a thread of its own that nobody waits for; what that thread raises interrupts this one.
+
+    Args:
+        again: how the job is finished, for the message.
 
     Raises:
         EnvelopeError: a worker died.
@@ -177,7 +235,7 @@ def fail_when_a_worker_dies() -> Iterator[None]:
     def wake_up(_signal: int, _frame: object) -> None:
         raise EnvelopeError(
             f"a worker process of this machine died ({died[0]}): killed, perhaps for want of memory. Finish the job "
-            "with --if-exists=skip, with fewer workers if need be (--direct_num_workers=1)"
+            f"{again}, with fewer workers if need be (--direct_num_workers=1)"
         )
 
     handler_before = signal.signal(_WAKE_UP, wake_up)
@@ -235,6 +293,7 @@ def summary(result: PipelineResult) -> dict[str, Any]:
     return {
         "files": totals.get("files", 0),
         "files_skipped": totals.get("files_skipped", 0),
+        **({"rows": totals["rows"]} if "rows" in totals else {}),
         "plaintext_bytes": totals.get("bytes_plaintext", 0),
         "ciphertext_bytes": totals.get("bytes_ciphertext", 0),
         "kms_calls": {

@@ -1,4 +1,4 @@
-"""Decrypt a dataset: each shard becomes a file.
+"""Decrypt a dataset: each shard becomes a file, and encrypted Parquet becomes plain Parquet.
 
     python -m pipelines.decrypt 'sealed/*' --output opened/ --key local-kms://keyring.json --context dataset=flights
     python -m pipelines.decrypt 's3://sealed/2026/*' --output s3://opened/2026/ --key aws-kms://alias/etl \

@@ -1,8 +1,10 @@
-"""Encrypt a dataset of files: each becomes a shard, with its key file beside it.
+"""Encrypt a dataset of files: each becomes a shard, or encrypted Parquet, with its key file beside it.
 
     python -m pipelines.encrypt 'data/*.csv' --output sealed/ --key local-kms://keyring.json --context dataset=flights
     python -m pipelines.encrypt 's3://raw/2026/*' --output s3://sealed/2026/ --key aws-kms://alias/etl \
         --runner=FlinkRunner --flink_master=HOST:8081
+    python -m pipelines.encrypt s3://raw/people/ --output s3://sealed/people/ --key aws-kms://alias/etl \
+        --format=parquet --columns ssn=aws-kms://alias/pii
 
 Any option of Beam may follow. With no runner named, the job uses all cores of this machine.
 """

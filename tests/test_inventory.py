@@ -115,5 +115,7 @@ def test_an_entry_turns_into_json_types(sealed):
         "context",
         "compression",
         "created",
+        "cipher",
+        "column_kms_keys",
         "problem",
     ]

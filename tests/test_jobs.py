@@ -11,7 +11,16 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 from apache_beam.runners.direct.direct_runner import DirectRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from beam_envelope import EnvelopeError, KeyAccessError, KeyFileMissingError, arguments, create_shard, jobs
+from beam_envelope import (
+    DecryptFiles,
+    EncryptFiles,
+    EnvelopeError,
+    KeyAccessError,
+    KeyFileMissingError,
+    arguments,
+    create_shard,
+    jobs,
+)
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task
 from tests.running import listing, write_files
 
@@ -98,7 +107,7 @@ def test_the_settings_reach_the_transforms():
         "context": "x",
         "compression": "zstd",
     }
-    assert transform._work._header_lines == 2
+    assert transform.work._header_lines == 2
     ours, _ = parse("a", "--any-context", "--if-exists=overwrite", "--relative-to=sealed", decrypting=True)
     reader = jobs.decrypt_transform(ours)
     assert reader.plan == DecryptPlan("out/", "overwrite", "sealed/")
@@ -138,22 +147,23 @@ def test_keys_are_tried_before_the_job_starts(fake_kms, local_key):
     fake_kms.create_key("far")
     fake_kms.deny("Encrypt", "alias/far")
     ours = argparse.Namespace(key=["aws-kms://alias/etl", "aws-kms://alias/far"], context=["x=1"])
+    transform, task = EncryptFiles("out", key=ours.key), Task("a", 0, "out/a", 0, 0)
     with pytest.raises(KeyAccessError, match="kms:Encrypt"):
-        jobs.check_encrypt(ours)
+        jobs.check_encrypt(ours, transform, [task])
     ours.key.pop()
-    jobs.check_encrypt(ours)
+    jobs.check_encrypt(ours, transform, [task])
     assert fake_kms.calls["GenerateDataKey"] == 2
 
 
 def test_the_first_shard_is_opened_before_the_job_starts(tmp_path, local_key):
     with create_shard(tmp_path / "a", key=local_key, context={"x": "1"}) as shard:
         shard.write(b"a")
-    ours = argparse.Namespace(key=[local_key], context=["x=1"], any_context=False)
+    reader = DecryptFiles("out", key=local_key, context={"x": "1"})
     task = Task(f"{tmp_path}/a", 73, "out/a", 0, 73)
-    jobs.check_decrypt(ours, [task])
+    reader.work.check(task)
     os.unlink(tmp_path / "_KEY_FOR_a.json")
     with pytest.raises(KeyFileMissingError):
-        jobs.check_decrypt(ours, [task])
+        reader.work.check(task)
 
 
 # ---------------------------------------------------------------------------------------------- the workers

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
-import apache_beam as beam
 from apache_beam import typehints
-from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope.errors import (
-    AlreadyEncryptedError,
     ContextMismatchError,
     FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
     TruncatedError,
-    WrongKeyError,
 )
 from beam_envelope.formats.keyfile import COMPRESSIONS, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.output import Output
@@ -30,6 +22,7 @@ from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
 from beam_envelope.keys.context import AnyContext, checked_context
 from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.transforms.file_work import FileDoFn, FilesTransform
 from beam_envelope.transforms.lines import blocks, line_bounds, parse_size, read_header
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import (
@@ -37,75 +30,16 @@ from beam_envelope.transforms.plan import (
     DecryptPlan,
     EncryptedFile,
     EncryptPlan,
-    FailedFile,
     IfExists,
     Task,
     as_folder,
     checked_if_exists,
-    unique_task,
 )
 
 _BLOCK_BYTES: Final = 1 << 20
 
-# What concerns one file goes to an error handler, where there is one. Errors of the KMS never do: they fail the bundle,
-# so that the runner tries it again.
-_DEAD_LETTERS: Final = (
-    AlreadyEncryptedError,
-    ContextMismatchError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-    FileNotFoundError,
-    PermissionError,
-)
 
-
-@typehints.with_input_types(str | FileMetadata)
-class _FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "beam.PCollection[Any]"]):
-    """What the two transforms share: plan, group by target, do."""
-
-    def __init__(self, plan: EncryptPlan | DecryptPlan, work: _FileDoFn) -> None:
-        super().__init__()
-        self.plan = plan
-        self._work = work
-        self._handler: Any = None
-
-    def with_error_handler(self, handler: Any) -> _FilesTransform:  # Beam's ErrorHandler, or None
-        """Send what concerns single files to a Beam error handler, as `FailedFile`s; errors of the KMS still fail."""
-        self._handler = handler
-        return self
-
-    def __ror__(self, left: Any, label: str | None = None) -> Any:  # as PTransform has it
-        """Let `"sources/*" | EncryptFiles(...)` mean a PCollection of that one pattern."""
-        return super().__ror__([left] if isinstance(left, str) else left, label)
-
-    def expand(self, sources: beam.PCollection[str | FileMetadata]) -> beam.PCollection[Any]:
-        """Return the PCollection of results."""
-        catch = self._handler is not None
-        tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch), sources)
-        # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
-        grouped = tasks | "Group" >> beam.GroupByKey()
-        done, undone = self._apply(self._work.label, self._work.catching(catch=catch), grouped)
-        if catch:
-            self._handler.add_error_pcollection((unplanned, undone) | "Failed" >> beam.Flatten())
-        return done
-
-    def _apply(self, label: str, dofn: beam.DoFn, elements: beam.PCollection[Any]) -> tuple[beam.PCollection[Any], Any]:
-        """Return the results and, for an error handler only, the failures: not every runner has several outputs."""
-        if self._handler is None:
-            return elements | label >> beam.ParDo(dofn), None
-        outputs = elements | label >> beam.ParDo(dofn).with_outputs("failed", main="done")
-        return outputs.done, outputs.failed
-
-    def display_data(self) -> dict[str, Any]:
-        """Describe the settings; the context's values are not shown."""
-        return {"output": self.plan.output, "if_exists": self.plan.if_exists, **self._work.settings()}
-
-
-class EncryptFiles(_FilesTransform):
+class EncryptFiles(FilesTransform):
     """Encrypts files: each becomes a shard of the same name below `output`, with a key file beside it.
 
     Input: file patterns, paths, folders or Beam's `FileMetadata`. Paths are kept relative to the fixed part of their
@@ -164,7 +98,7 @@ class EncryptFiles(_FilesTransform):
         super().__init__(plan, work)
 
 
-class DecryptFiles(_FilesTransform):
+class DecryptFiles(FilesTransform):
     """Decrypts shards: each becomes a file of the same name below `output`. Nothing is left of a file that fails.
 
     Input: patterns, paths or folders of shards, or Beam's `FileMetadata`; key files among them are passed over.
@@ -200,62 +134,11 @@ class DecryptFiles(_FilesTransform):
             as_folder(output), checked_if_exists(if_exists), None if relative_to is None else as_folder(relative_to)
         )
         expected = context if isinstance(context, AnyContext) else checked_context(context)
-        super().__init__(plan, _DecryptDoFn(open_keys(key), expected, if_exists))
-
-
-@typehints.with_output_types(tuple[str, Task])
-class _PlanDoFn(beam.DoFn):
-    def __init__(self, plan: EncryptPlan | DecryptPlan, *, catch: bool) -> None:
-        self._plan, self._catch = plan, catch
-
-    def process(self, source: str | FileMetadata) -> Iterator[Any]:
-        try:
-            for task in self._plan.tasks(source):
-                yield task.target, task
-        except _DEAD_LETTERS as error:
-            if not self._catch:
-                raise
-            name = source.path if isinstance(source, FileMetadata) else source
-            yield beam.pvalue.TaggedOutput("failed", _failed(name, error))
-
-
-class _FileDoFn(beam.DoFn, abc.ABC):
-    """Does one task after another; subclasses say how."""
-
-    label = "Work"
-    _catch = False
-
-    def catching(self, *, catch: bool) -> _FileDoFn:
-        self._catch = catch
-        return self
-
-    @abc.abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return what display data may show."""
-
-    def process(self, element: tuple[str, Iterable[Task]]) -> Iterator[Any]:
-        target, tasks = element
-        task = unique_task(target, tasks)
-        try:
-            with Progress() as progress:
-                result = self.do(task, progress)
-            yield result
-        except _DEAD_LETTERS as error:
-            if not self._catch:
-                raise
-            yield beam.pvalue.TaggedOutput("failed", _failed(task.source, error))
-        except OSError as error:
-            if error.filename is None:  # as of a full disk: of a thousand files, which?
-                error.filename, error.filename2 = task.source, task.target
-            raise
-
-    @abc.abstractmethod
-    def do(self, task: Task, progress: Progress) -> EncryptedFile | DecryptedFile:
-        """Do one task."""
+        super().__init__(plan, ShardReaderDoFn(open_keys(key), expected, if_exists))
 
 
 @typehints.with_output_types(EncryptedFile)
-class _EncryptDoFn(_FileDoFn):
+class _EncryptDoFn(FileDoFn):
     label = "Encrypt"
 
     def __init__(
@@ -379,20 +262,34 @@ class _EncryptDoFn(_FileDoFn):
 
 
 @typehints.with_output_types(DecryptedFile)
-class _DecryptDoFn(_FileDoFn):
+class ShardReaderDoFn(FileDoFn):
+    """Decrypts shards, one after another."""
+
     label = "Decrypt"
 
     def __init__(
         self, keys: tuple[KeyProvider, ...], context: Mapping[str, str] | AnyContext, if_exists: IfExists
     ) -> None:
+        """Hold configuration only."""
         self._keys, self._context, self._if_exists = keys, context, if_exists
 
     def settings(self) -> dict[str, Any]:
+        """Return the keys, and the names in the context."""
         names = "any" if isinstance(self._context, AnyContext) else ", ".join(self._context)
         return {"key": ", ".join(map(str, self._keys)), "context": names}
 
+    def check(self, task: Task) -> None:
+        """Open a shard."""
+        _, shard = open_shard_at(task.source, self._keys, self._context)
+        shard.close()
+
     def do(self, task: Task, progress: Progress) -> DecryptedFile:
-        key_file, shard = open_shard_at(task.source, self._keys, self._context)
+        """Decrypt one shard."""
+        return self.decrypt(task, progress, None)
+
+    def decrypt(self, task: Task, progress: Progress, raw_key_file: bytes | None) -> DecryptedFile:
+        """Do one task whose key file may have been read already."""
+        key_file, shard = open_shard_at(task.source, self._keys, self._context, raw_key_file)
         with shard:
             key_id = key_file.data_keys[0].key_id.hex()
             existing = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
@@ -417,7 +314,3 @@ class _DecryptDoFn(_FileDoFn):
         progress.add("bytes_ciphertext", task.size)
         progress.add("files")
         return DecryptedFile(task.source, task.target, total, task.size, key_id, skipped=False)
-
-
-def _failed(source: str, error: Exception) -> FailedFile:
-    return FailedFile(source, type(error).__name__, str(error))

@@ -100,7 +100,10 @@ class EncryptPlan:
         for metadata in found:
             path = metadata.path
             refuse_encrypted(path, has_key_file=key_file_path(path) in key_files)
-            target = _below(self.output, base, path)
+            named = self.named(path, base)
+            if named is None:
+                continue
+            target = _below(self.output, base, named)
             if finds(pattern, target):
                 msg = (
                     f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run "
@@ -111,8 +114,15 @@ class EncryptPlan:
                 Task(path, metadata.size_in_bytes, part, start, end)
                 for part, start, end in self._parts(target, metadata.size_in_bytes)
             )
+        if not tasks:
+            msg = "only files that belong to no dataset match: their names, or those of folders, begin with _ or a dot"
+            raise FileNotFoundError(errno.ENOENT, msg, pattern)
         _refuse_existing(tasks, self.output, self.if_exists)
         return tasks
+
+    def named(self, path: str, base: str) -> str | None:  # plans of other formats use them
+        """Return the path whose relative form the output gets, or None to pass a source over. `base` is above both."""
+        return path
 
     def _parts(self, target: str, size: int) -> Iterator[tuple[str, int, int]]:
         if self.part_bytes is None:

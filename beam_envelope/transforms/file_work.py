@@ -1,0 +1,151 @@
+"""What all transforms over whole files share: they plan, group by target, and do one task after another."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import apache_beam as beam
+from apache_beam import typehints
+from apache_beam.io.filesystem import FileMetadata
+
+from beam_envelope.errors import (
+    AlreadyEncryptedError,
+    ContextMismatchError,
+    FormatError,
+    KeyFileMissingError,
+    NotEncryptedError,
+    TamperedError,
+    TruncatedError,
+    WrongKeyError,
+)
+from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
+
+# What concerns one file goes to an error handler, where there is one. Errors of the KMS never do: they fail the bundle,
+# so that the runner tries it again.
+_DEAD_LETTERS: Final = (
+    AlreadyEncryptedError,
+    ContextMismatchError,
+    FormatError,
+    KeyFileMissingError,
+    NotEncryptedError,
+    TamperedError,
+    TruncatedError,
+    WrongKeyError,
+    FileNotFoundError,
+    PermissionError,
+)
+
+
+@typehints.with_input_types(str | FileMetadata)
+class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "beam.PCollection[Any]"]):
+    """What all transforms of whole files share: plan, group by target, do.
+
+    Attributes:
+        plan: which file becomes which.
+        work: what is done to each.
+    """
+
+    def __init__(self, plan: EncryptPlan | DecryptPlan, work: FileDoFn) -> None:
+        """Take what to do with which files."""
+        super().__init__()
+        self.plan = plan
+        self.work = work
+        self._handler: Any = None
+
+    def with_error_handler(self, handler: Any) -> FilesTransform:  # Beam's ErrorHandler, or None
+        """Send what concerns single files to a Beam error handler, as `FailedFile`s; errors of the KMS still fail."""
+        self._handler = handler
+        return self
+
+    def __ror__(self, left: Any, label: str | None = None) -> Any:  # as PTransform has it
+        """Let `"sources/*" | EncryptFiles(...)` mean a PCollection of that one pattern."""
+        return super().__ror__([left] if isinstance(left, str) else left, label)
+
+    def expand(self, sources: beam.PCollection[str | FileMetadata]) -> beam.PCollection[Any]:
+        """Return the PCollection of results."""
+        catch = self._handler is not None
+        tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch), sources)
+        # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
+        grouped = tasks | "Group" >> beam.GroupByKey()
+        done, undone = self._apply(self.work.label, self.work.catching(catch=catch), grouped)
+        if catch:
+            self._handler.add_error_pcollection((unplanned, undone) | "Failed" >> beam.Flatten())
+        return done
+
+    def _apply(self, label: str, dofn: beam.DoFn, elements: beam.PCollection[Any]) -> tuple[beam.PCollection[Any], Any]:
+        """Return the results and, for an error handler only, the failures: not every runner has several outputs."""
+        if self._handler is None:
+            return elements | label >> beam.ParDo(dofn), None
+        outputs = elements | label >> beam.ParDo(dofn).with_outputs("failed", main="done")
+        return outputs.done, outputs.failed
+
+    def display_data(self) -> dict[str, Any]:
+        """Describe the settings; the context's values are not shown."""
+        return {"output": self.plan.output, "if_exists": self.plan.if_exists, **self.work.settings()}
+
+
+@typehints.with_output_types(tuple[str, Task])
+class _PlanDoFn(beam.DoFn):
+    def __init__(self, plan: EncryptPlan | DecryptPlan, *, catch: bool) -> None:
+        self._plan, self._catch = plan, catch
+
+    def process(self, source: str | FileMetadata) -> Iterator[Any]:
+        try:
+            for task in self._plan.tasks(source):
+                yield task.target, task
+        except _DEAD_LETTERS as error:
+            if not self._catch:
+                raise
+            name = source.path if isinstance(source, FileMetadata) else source
+            yield beam.pvalue.TaggedOutput("failed", _failed(name, error))
+
+
+class FileDoFn(beam.DoFn, abc.ABC):
+    """Does one task after another; subclasses say how.
+
+    Attributes:
+        label: the name of its step.
+    """
+
+    label = "Work"
+    _catch = False
+
+    def catching(self, *, catch: bool) -> FileDoFn:
+        """Return itself; it sends what concerns single files to an error handler then."""
+        self._catch = catch
+        return self
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what display data may show."""
+
+    def check(self, task: Task) -> None:
+        """Try on the launcher what can be tried without writing. Raises as `do`."""
+
+    def process(self, element: tuple[str, Iterable[Task]]) -> Iterator[Any]:
+        """Do the one task of a target."""
+        target, tasks = element
+        task = unique_task(target, tasks)
+        try:
+            with Progress() as progress:
+                result = self.do(task, progress)
+            yield result
+        except _DEAD_LETTERS as error:
+            if not self._catch:
+                raise
+            yield beam.pvalue.TaggedOutput("failed", _failed(task.source, error))
+        except OSError as error:
+            if error.filename is None:  # as of a full disk: of a thousand files, which?
+                error.filename, error.filename2 = task.source, task.target
+            raise
+
+    @abc.abstractmethod
+    def do(self, task: Task, progress: Progress) -> Any:
+        """Do one task; return what the transform says of it."""
+
+
+def _failed(source: str, error: Exception) -> FailedFile:
+    return FailedFile(source, type(error).__name__, str(error))

@@ -1,0 +1,307 @@
+"""How one file of a table becomes encrypted Parquet, or Parquet with encrypted cells. Shells: tables.py."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+from apache_beam import typehints
+
+from beam_envelope.errors import ContextMismatchError, FormatError
+from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, PARQUET_CIPHER, KeyFile
+from beam_envelope.formats.parquet_columns import leaf_paths
+from beam_envelope.formats.parquet_keys import ColumnKeys
+from beam_envelope.formats.parquet_source import MAGIC
+from beam_envelope.formats.parquet_writer import EncryptedParquetWriter
+from beam_envelope.formats.record import RecordEncryptor
+from beam_envelope.formats.table import Counts, Layout, encrypt_columns
+from beam_envelope.io.parquet_bundle import CountingOutput
+from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
+from beam_envelope.io.table_parquet import ParquetSource, PlainParquetWriter
+from beam_envelope.io.table_source import (
+    TextTypes,
+    cut,
+)
+from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.provider import DataKey, KeyProvider
+from beam_envelope.transforms.elements import WriteKeys
+from beam_envelope.transforms.file_work import FileDoFn
+from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.plan import IfExists, Task
+from beam_envelope.transforms.table_plan import EncryptedTable, Form, about, encrypted_columns, open_table
+
+Writer: TypeAlias = "EncryptedParquetWriter | PlainParquetWriter"
+
+
+class EncryptDoFn(FileDoFn):
+    """Encrypts files, one after another; subclasses say how."""
+
+    label = "Encrypt"
+
+    def __init__(self, types: TextTypes, form: Form, if_exists: IfExists) -> None:
+        """Hold configuration only."""
+        self._types, self._form, self._if_exists = types, form, if_exists
+
+    @abc.abstractmethod
+    def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
+        """Return the schema of what is written. Raises ValueError, TypeError, KeyError: its columns do not go."""
+
+    @abc.abstractmethod
+    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
+        """Return what is written for a table."""
+
+    @abc.abstractmethod
+    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
+        """Start a file."""
+
+    @abc.abstractmethod
+    def finished(self, task: Task) -> str | None:
+        """Return the key id of what is there, if it is whole and belongs to this dataset; else None."""
+
+    @abc.abstractmethod
+    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
+        """Return the KMS keys that have to generate data keys: of each group, the first generates, the others wrap."""
+
+    def check(self, task: Task) -> None:
+        """Look at the schema of a file. Raises FormatError: columns that were named do not go, or are not there."""
+        with about(task.source), open_table(task.source, task.size, self._types) as source:
+            self.sealed_schema(source.schema)
+
+    def do(self, task: Task, progress: Progress) -> EncryptedTable:
+        """Encrypt one file."""
+        there = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
+        if there is not None and (key_id := self.finished(task)) is not None:
+            progress.add("files_skipped")
+            progress.add("bytes_skipped", task.size)
+            key_file = key_file_path(task.target) if key_id else ""
+            return EncryptedTable(task.source, task.target, key_file, None, task.size, there, key_id, skipped=True)
+        with about(task.source), open_table(task.source, task.size, self._types) as source:
+            schema = self.sealed_schema(source.schema)
+            tables = cut(source.groups(), self._form.row_group_rows, self._form.max_bytes(source))
+            table = next(tables, None)
+            options = self._form.options(source, schema)
+            # A retried bundle finds what its first try wrote, so only the plan refuses what exists.
+            store = store_of(task.target)
+            output = CountingOutput(store.create(task.target, overwrite=True, size_hint=task.size))
+            try:
+                writer = self.writer(output, schema, options, task.size)
+            except BaseException:
+                output.abort()
+                raise
+            with writer:
+                done = 0
+                while table is not None:
+                    rows = table.num_rows
+                    writer.write_table(self.seal(table, progress), rows)
+                    del table  # before the next one comes
+                    now = source.done_bytes()
+                    progress.add("rows", rows)
+                    progress.add("bytes_plaintext", now - done)
+                    done = now
+                    table = next(tables, None)
+                progress.add("bytes_plaintext", task.size - done)
+        progress.add("bytes_ciphertext", output.stored_bytes)
+        progress.add("files")
+        sealed = writer.key_file if isinstance(writer, EncryptedParquetWriter) else None
+        return EncryptedTable(
+            task.source,
+            task.target,
+            key_file_path(task.target) if sealed else "",
+            writer.num_rows,
+            task.size,
+            output.stored_bytes,
+            sealed.data_keys[0].key_id.hex() if sealed else "",
+            skipped=False,
+        )
+
+
+@typehints.with_output_types(EncryptedTable)
+class EncryptParquetDoFn(EncryptDoFn):
+    """Writes encrypted Parquet, with a key file beside each file."""
+
+    def __init__(
+        self,
+        column_keys: ColumnKeys,
+        context: Mapping[str, str],
+        policy: DataKeyPolicy,
+        types: TextTypes,
+        form: Form,
+        if_exists: IfExists,
+    ) -> None:
+        """Hold configuration only."""
+        super().__init__(types, form, if_exists)
+        self._column_keys, self._context, self._policy = column_keys, dict(context), policy
+        self._sources: list[DataKeySource] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the data keys behind: only configuration travels."""
+        return {**self.__dict__, "_sources": []}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keys, the names of the columns, and the names in the context."""
+        return {
+            "key": ", ".join(map(str, self._column_keys.groups[0])),
+            "columns": ", ".join(name for name, _ in self._column_keys.named),
+            "context": ", ".join(self._context),
+        }
+
+    def start_bundle(self) -> None:
+        """Get ready to ask for the data keys of the bundle: one for each group of KMS keys, over all its files."""
+        make = shared_source if self._policy.reuse == "worker" else DataKeySource
+        self._sources = [make(group, self._context, self._policy) for group in self._column_keys.groups]
+
+    def finish_bundle(self) -> None:
+        """Erase them; those of the process live on."""
+        sources, self._sources = self._sources, []
+        if self._policy.reuse == "bundle":
+            for source in sources:
+                source.close()
+
+    def teardown(self) -> None:
+        """Erase them, also after an error."""
+        self.finish_bundle()
+
+    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
+        """Return the groups of the columns' keys."""
+        return self._column_keys.groups
+
+    def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
+        """Return the same schema: only the bytes are encrypted."""
+        self._column_keys.assign(leaf_paths(schema, {}))
+        return schema
+
+    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
+        """Return the same table."""
+        return table
+
+    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
+        """Start a file under the bundle's data keys; its own keys are fresh."""
+        data_keys: list[DataKey] = []
+        try:
+            data_keys.extend(source.take(n_bytes) for source in self._sources)
+            name = split_path(output.name)[1]
+            return EncryptedParquetWriter(
+                output, schema, data_keys, self._column_keys, self._context, name=name, options=options
+            )
+        finally:
+            for data_key in data_keys:
+                data_key.close()
+
+    def finished(self, task: Task) -> str | None:
+        """Return the key id, if there is a key file of this dataset, and the file beside it is whole."""
+        try:
+            raw = read_small(key_file_path(task.target), MAX_KEY_FILE_BYTES + 1)
+            key_file = KeyFile.from_bytes(raw, f"the key file of {task.target}")
+        except (FileNotFoundError, FormatError):
+            return None
+        if key_file.context != self._context:
+            msg = (
+                f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. "
+                "Choose another output"
+            )
+            raise ContextMismatchError(msg)
+        same = key_file.cipher == PARQUET_CIPHER and len(key_file.data_keys) == len(self._column_keys.groups)
+        return key_file.data_keys[0].key_id.hex() if same and _magic(task.target) == MAGIC else None
+
+
+@typehints.with_output_types(EncryptedTable)
+class EncryptCellsDoFn(EncryptDoFn):
+    """Writes plain Parquet, in which the cells of some columns are encrypted."""
+
+    def __init__(
+        self,
+        keys: WriteKeys,
+        columns: Sequence[str],
+        deterministic: Mapping[str, str],
+        layout: Layout,
+        types: TextTypes,
+        form: Form,
+        if_exists: IfExists,
+    ) -> None:
+        """Hold configuration only."""
+        super().__init__(types, form, if_exists)
+        self._keys, self._columns = keys, tuple(columns)
+        self._deterministic, self._layout = dict(deterministic), layout
+        self._encryptor: RecordEncryptor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the data keys behind: only configuration travels."""
+        return {**self.__dict__, "_encryptor": None}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keys, the names of the columns, and the names in the context."""
+        return {
+            "key": ", ".join(map(str, self._keys.keys)),
+            "cells": ", ".join(self._columns),
+            "deterministic": ", ".join(self._deterministic),
+            "keys": self._keys.store.place,
+            "layout": self._layout,
+            "context": ", ".join(name for name, _ in self._keys.context),
+        }
+
+    def start_bundle(self) -> None:
+        """Get ready to ask for the data key of the bundle."""
+        self._encryptor = self._keys.encryptor()
+
+    def finish_bundle(self) -> None:
+        """Erase it; that of the process lives on."""
+        encryptor, self._encryptor = self._encryptor, None
+        if encryptor is not None:
+            self._keys.release(encryptor)
+
+    def teardown(self) -> None:
+        """Erase it, also after an error."""
+        self.finish_bundle()
+
+    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
+        """Return the one group."""
+        return (self._keys.keys,)
+
+    def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
+        """Return the schema with binary columns for those that are encrypted."""
+        encryptor = self._encryptor or self._keys.encryptor()  # an empty table needs no key
+        sealed = encrypt_columns(
+            schema.empty_table(), self._columns, encryptor, deterministic=self._deterministic, layout=self._layout
+        )
+        return sealed.schema
+
+    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
+        """Return the table with encrypted cells."""
+        counts = Counts()
+        sealed = encrypt_columns(
+            table,
+            self._columns,
+            self._encryptor,  # type: ignore[arg-type]  # set by start_bundle
+            deterministic=self._deterministic,
+            dataset_key=self._keys.deterministic() if self._deterministic else None,
+            layout=self._layout,
+            policy=self._keys.policy,
+            counts=counts,
+        )
+        progress.add("cells_encrypted", counts.of["cells_encrypted"])
+        return sealed
+
+    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
+        """Start a plain file."""
+        return PlainParquetWriter(output, schema, options)
+
+    def finished(self, task: Task) -> str | None:
+        """Return an empty key id, if a whole file is there in which these columns are encrypted."""
+        size = store_of(task.target).size(task.target) or 0
+        try:
+            with ParquetSource(task.target, size) as found:
+                return "" if set(self._columns) <= set(encrypted_columns(found.schema)) else None
+        except FormatError:
+            return None
+
+
+def _magic(path: str) -> bytes:
+    """Return the last bytes of a file, if they are a Parquet file's."""
+    with store_of(path).open(path) as stream:
+        if stream.seek(0, os.SEEK_END) < len(MAGIC):
+            return b""
+        stream.seek(-len(MAGIC), os.SEEK_END)
+        return stream.read(len(MAGIC))
