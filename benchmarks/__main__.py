@@ -17,9 +17,12 @@ from rich.console import Console
 
 from beam_envelope.transforms.lines import parse_size
 from benchmarks import chart, machine, report
+from benchmarks.columns import measure_columns
 from benchmarks.files import measure_files
 from benchmarks.jobs import measure_jobs
 from benchmarks.memory import measure_peak
+from benchmarks.parquet import measure_parquet
+from benchmarks.records import measure_record_pipeline, measure_records
 from benchmarks.results import Measurement
 from benchmarks.settings import FULL, MIB, QUICK, Say, Settings
 from benchmarks.shards import measure_memory, measure_random
@@ -35,6 +38,10 @@ MEASUREMENTS: Final[dict[str, Callable[[Settings, Say], Measurement]]] = {
     "memory": measure_peak,
     "random": measure_random,
     "text": measure_text,
+    "records": measure_records,
+    "pipeline": measure_record_pipeline,
+    "columns": measure_columns,
+    "parquet": measure_parquet,
 }
 
 
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     names: list[str] = arguments.only or list(MEASUREMENTS)
     missing = [name for name in _PEERS if importlib.util.find_spec(name) is None]
-    if "files" in names and missing:
+    if missing and not {"files", "records"}.isdisjoint(names):
         verb = "is" if len(missing) == 1 else "are"
         parser.error(f"{' and '.join(missing)} {verb} not installed; run: pip install -e '.[bench]', or make bench")
     try:

@@ -17,7 +17,7 @@ from typing import Final
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_envelope import DecryptFiles, EncryptFiles, KeyProvider
+from beam_envelope import DecryptFiles, EncryptFiles, EncryptTables, KeyProvider
 from beam_envelope.console import quiet_workers
 from beam_envelope.jobs import make_pipeline
 from benchmarks import machine, peers
@@ -54,7 +54,9 @@ class FirstFile(threading.Thread):
         self.join()
 
 
-def run_job(transform: EncryptFiles | DecryptFiles, pattern: str, output: Path, processes: int) -> Sample:
+def run_job(
+    transform: EncryptFiles | DecryptFiles | EncryptTables, pattern: str, output: Path, processes: int
+) -> Sample:
     """Run one job in so many worker processes, and time its worker phase.
 
     Raises:

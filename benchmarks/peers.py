@@ -138,6 +138,37 @@ def esdk() -> Peer:
     return Peer(ESDK, encrypt, partial(convert, mode="d"))
 
 
+def esdk_records() -> tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]:
+    """Return encrypt and decrypt of the AWS Encryption SDK with its caching materials manager: suite 0x0478, a raw key.
+
+    Its caching manager takes master key providers only, not the newer keyrings.
+    """
+    import aws_encryption_sdk as sdk  # noqa: PLC0415  # of the extra `bench`
+    from aws_encryption_sdk.identifiers import Algorithm  # noqa: PLC0415
+
+    client = sdk.EncryptionSDKClient(commitment_policy=sdk.CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT)
+    manager = sdk.CachingCryptoMaterialsManager(
+        master_key_provider=_esdk_key_provider(os.urandom(32)),
+        cache=sdk.LocalCryptoMaterialsCache(capacity=10),
+        max_age=3600.0,
+    )
+
+    def encrypt(record: bytes) -> bytes:
+        sealed: bytes = client.encrypt(
+            source=record,
+            materials_manager=manager,
+            encryption_context=CONTEXT,
+            algorithm=Algorithm.AES_256_GCM_HKDF_SHA512_COMMIT_KEY,
+        )[0]
+        return sealed
+
+    def decrypt(message: bytes) -> bytes:
+        opened: bytes = client.decrypt(source=message, materials_manager=manager)[0]
+        return opened
+
+    return encrypt, decrypt
+
+
 def cp() -> Peer:
     """Return the system's `cp`, both ways: what moving the bytes costs."""
     return Peer(CP, copy, copy)

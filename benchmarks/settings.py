@@ -27,8 +27,12 @@ class Settings:
         small_bytes: the small file of `memory`.
         large_bytes: the large file of `memory`.
         text_bytes: bytes of lines in `text`.
+        parquet_bytes: bytes of the table of `parquet`, about.
         random_bytes: the shard of `random`.
         random_reads: how many reads `random` makes in a round.
+        records: how many records a loop encrypts in a round.
+        cells: how many cells a column has.
+        pipeline_records: how many records a pipeline encrypts.
         folder: where files are made; None chooses one, in memory if there is room.
     """
 
@@ -40,8 +44,12 @@ class Settings:
     small_bytes: int = 64 * MIB
     large_bytes: int = 4 * GIB
     text_bytes: int = 16 * MIB
+    parquet_bytes: int = 150 * MIB
     random_bytes: int = GIB
     random_reads: int = 2000
+    records: int = 100_000
+    cells: int = 1_000_000
+    pipeline_records: int = 500_000
     folder: Path | None = None
 
 
@@ -53,6 +61,10 @@ QUICK: Final = Settings(
     job_rounds=1,
     large_bytes=512 * MIB,
     text_bytes=8 * MIB,
+    parquet_bytes=16 * MIB,
     random_bytes=64 * MIB,
     random_reads=500,
+    records=20_000,
+    cells=100_000,
+    pipeline_records=50_000,
 )
