@@ -14,7 +14,7 @@ PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --qui
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format types bench ci clean
+.PHONY: help demo test spark lint format types bench ci clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,8 @@ demo: .venv/.stamp-base ## see it at work on a real dataset; no AWS account need
 
 test: .venv/.stamp-test ## run the tests; PYTEST_ARGS="-k shard -x" passes options on
 	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+spark: .venv/.stamp-spark ## have `make test` let Spark and Tink read what we write; needs Java 17 with javac
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import chart, machine, peers, report, shards
+from benchmarks import chart, columns, machine, parquet, peers, records, report, shards
 from benchmarks.data import check_equal, check_zeros, new_key, random_file
 from benchmarks.files import measure_files
 from benchmarks.measure import Sample, interleave, peak_memory, run_module, times_faster
@@ -18,7 +18,18 @@ from benchmarks.memory import act
 from benchmarks.results import Measurement, Row, Target, speed_rows
 from benchmarks.settings import FULL, MIB, QUICK, Settings
 
-TINY = Settings(size=MIB, slow_size=MIB, rounds=2, random_bytes=MIB, random_reads=20)
+TINY = Settings(
+    size=MIB,
+    slow_size=MIB,
+    rounds=2,
+    job_rounds=1,
+    random_bytes=MIB,
+    random_reads=20,
+    records=200,
+    pipeline_records=2000,
+    cells=5000,
+    parquet_bytes=MIB,
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -91,6 +102,44 @@ def test_shards_in_memory():
     ]
     assert [target.limit for target in found.targets] == [0.85, 0.85]
     assert all(row.low <= row.value <= row.high for row in found.rows)
+
+
+def test_records_beside_their_peers():
+    pytest.importorskip("aws_encryption_sdk")
+    found = records.measure_records(TINY, silent)
+    assert [(row.group, row.name) for row in found.rows] == [
+        (f"{verb}, {size} B", name)
+        for size in (100, 1000)
+        for verb in ("encrypt", "decrypt")
+        for name in ("AESGCM alone", peers.OURS, "beam_envelope, SDK messages", peers.ESDK)
+    ]
+    assert [target.limit for target in found.targets] == [1.6, 60, 12] * 4
+
+
+def test_records_in_a_pipeline():
+    found = records.measure_record_pipeline(TINY, silent)
+    assert [row.name for row in found.rows] == ["identity Map", peers.OURS] * 2
+    assert [(target.limit, target.at_least) for target in found.targets] == [(1.25, False)] * 2
+
+
+def test_a_rate_is_that_of_one_second_and_relative_to_the_first_contender():
+    slow, fast = records.rate_rows("g", {"a": [Sample(0.5)], "b": [Sample(0.25)]}, ["b"])
+    assert (slow.value, slow.relative, slow.ours) == (2.0, 1.0, False)
+    assert (fast.value, fast.relative, fast.ours) == (4.0, 2.0, True)
+
+
+def test_columns_without_spark(monkeypatch):
+    monkeypatch.setattr(columns.importlib.util, "find_spec", lambda name: None)
+    found = columns.measure_columns(TINY, silent)
+    assert [target.limit for target in found.targets] == [1.25, 50, 50]
+    assert found.notes == ("Spark was not measured: it takes Java and pyspark.",)
+
+
+def test_parquet_without_spark(monkeypatch):
+    monkeypatch.setattr(columns.importlib.util, "find_spec", lambda name: None)
+    found = parquet.measure_parquet(TINY, silent)
+    assert [target.limit for target in found.targets] == [1.15, 1.20, 1.15]
+    assert {row.group for row in found.rows} == {"write", "read", "pipeline", "job, 2 processes"}
 
 
 def test_wrong_plaintext_stops_the_benchmark(monkeypatch):
