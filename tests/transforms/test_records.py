@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import traceback
 import typing
 from collections import Counter
@@ -57,6 +58,11 @@ class Unregistered(typing.NamedTuple):
     """A record whose coder is pickle."""
 
     number: str
+
+
+def shown(value):
+    """A test's id, the same in every process: functions by their names."""
+    return re.sub(r"<(?:function|built-in function) ([\w.<>]+?)(?: at 0x\w+)?>", r"\1", str(value))
 
 
 def keep(element):
@@ -148,9 +154,9 @@ def kms_stages(fake_kms, keys):
         ([{"a": 1}], dict[str, int]),
         ([None, "a"], str | None),
     ],
-    ids=str,
+    ids=shown,
 )
-@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"format": MESSAGES, "keys": None}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"format": MESSAGES, "keys": None}], ids=shown)
 def test_elements_of_every_kind_come_back(stages, elements, coder, more):
     if "deterministic" in more and coder == dict[str, int]:
         pytest.skip("the coder of dicts is not deterministic")
@@ -203,7 +209,7 @@ def test_a_place_is_the_same_as_bytes_text_or_by_a_function(stages):
     assert "TamperedError" in error_of([stages.decrypt(aad="order 2", keyed=True)], sealed)
 
 
-@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"format": MESSAGES, "keys": None}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"format": MESSAGES, "keys": None}], ids=shown)
 def test_another_context_does_not_open(stages, more):
     sealed = outcome([stages.encrypt(**more)], [b"4111"])
     more = {name: value for name, value in more.items() if name != "deterministic"}
@@ -263,7 +269,7 @@ def test_deterministic_envelopes_are_equal_across_jobs_and_differ_between_places
 # ------------------------------------------------------------------------------------------------------- KMS calls
 
 
-@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=shown)
 def test_a_bounded_bundle_has_one_data_key_and_a_process_unwraps_it_once(kms_stages, fake_kms, more):
     elements = [b"%d" % number for number in range(500)]
     sealed, counts = run([kms_stages.encrypt(**more)], elements)
@@ -277,7 +283,7 @@ def test_a_bounded_bundle_has_one_data_key_and_a_process_unwraps_it_once(kms_sta
     assert fake_kms.calls["GenerateDataKey"] == 2  # another bundle, another data key
 
 
-@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=shown)
 def test_the_bundles_of_unbounded_input_have_two_data_keys_at_most(kms_stages, fake_kms, keys, more):
     bundles = 100  # this runner takes its time
     stream = Stream()
@@ -296,7 +302,7 @@ def test_the_bundles_of_unbounded_input_have_two_data_keys_at_most(kms_stages, f
     assert sorted(map(int, outcome([kms_stages.decrypt(**more)], list(_kept)))) == list(range(bundles))
 
 
-@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"format": MESSAGES, "keys": None}], ids=shown)
 def test_ten_thousand_bundles_of_one_element_have_two_data_keys_at_most(kms_stages, fake_kms, keys, more):
     dofn = encrypting_dofn(kms_stages.encrypt(policy=DataKeyPolicy("worker"), **more))
     found = []
@@ -342,7 +348,7 @@ def test_metrics_tell_what_was_done(stages):
 # -------------------------------------------------------------------------------------------------------- retries
 
 
-@pytest.mark.parametrize("policy", [DataKeyPolicy("bundle"), DataKeyPolicy("worker")], ids=str)
+@pytest.mark.parametrize("policy", [DataKeyPolicy("bundle"), DataKeyPolicy("worker")], ids=shown)
 def test_nonces_never_repeat_over_bundles_retries_and_copies(stages, policy):
     transform = stages.encrypt(policy=policy)
     dofn = encrypting_dofn(transform)
@@ -429,7 +435,7 @@ def test_an_element_that_cannot_be_encoded_becomes_a_failed_record_without_data(
         ({"keyed": True, "aad": fail}, (CANARY.decode(), b"x")),
         ({"keyed": True, "aad": len}, (CANARY.decode(), b"x")),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_errors_of_encoding_hold_no_plaintext(stages, settings, element):
     dofn = encrypting_dofn_for(stages, settings)
@@ -547,7 +553,7 @@ def test_without_a_key_store_it_says_why_one_is_needed(local_key):
         ({"coder": coders.PickleCoder()}, "unpickles"),
         ({"coder": coders.TupleCoder([coders.VarIntCoder(), coders.FastPrimitivesCoder()])}, "unpickles"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_does_not_go_together_is_refused(stages, settings, message):
     for transform in (stages.encrypt, stages.decrypt):
@@ -563,7 +569,7 @@ def test_what_does_not_go_together_is_refused(stages, settings, message):
         ({"deterministic": True, "coder": dict[str, int]}, "does not encode equal elements as equal bytes"),
         ({"dataset_key": "../x"}, "the name of a key"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_an_encrypting_transform_cannot_do_is_refused(stages, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -577,7 +583,7 @@ def test_what_an_encrypting_transform_cannot_do_is_refused(stages, settings, mes
         ({"coder": 3}, "not a int"),
         ({"aad": 3}, "not a int"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_arguments_of_other_types_are_refused(stages, settings, message):
     for transform in (stages.encrypt, stages.decrypt):
@@ -599,7 +605,7 @@ def test_an_unknown_commitment_policy_is_refused(local_key):
         ([("a", 1)], {"coder": int, "keyed": True}, beam.typehints.Tuple[str, bytes], beam.typehints.Tuple[str, int]),
         ([Card("a", 1)], {"coder": Card}, bytes, Card),
     ],
-    ids=str,
+    ids=shown,
 )
 @pytest.mark.parametrize("with_handler", [False, True])
 def test_element_types_are_told(stages, elements, settings, sealed_type, opened_type, with_handler):
@@ -655,7 +661,7 @@ def data_keys(monkeypatch):
 MODES = [{}, {"policy": DataKeyPolicy("worker")}, {"deterministic": True}, {"format": MESSAGES, "keys": None}]
 
 
-@pytest.mark.parametrize("more", MODES, ids=str)
+@pytest.mark.parametrize("more", MODES, ids=shown)
 def test_a_dofn_pickles_without_keys_in_the_middle_of_a_bundle(stages, data_keys, more):
     dofn = encrypting_dofn(stages.encrypt(**more))
     dofn.start_bundle()
@@ -675,7 +681,7 @@ def test_a_dofn_pickles_without_keys_in_the_middle_of_a_bundle(stages, data_keys
     assert_no_secret(cloudpickle.dumps(reading), CANARY, *data_keys)
 
 
-@pytest.mark.parametrize("more", MODES, ids=str)
+@pytest.mark.parametrize("more", MODES, ids=shown)
 def test_pipeline_logs_and_files_hold_no_key_and_no_plaintext(stages, data_keys, caplog, tmp_path, monkeypatch, more):
     caplog.set_level(logging.DEBUG)
     temporary = tmp_path / "tmp"
