@@ -6,11 +6,12 @@ Encryptors and decryptors are for one process: they cannot be pickled, and after
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Final, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, NoReturn
 
 from cryptography.exceptions import InvalidTag
 
@@ -39,6 +40,9 @@ from beam_envelope.keys.context import AnyContext, match_context
 from beam_envelope.keys.provider import KeyProvider
 
 _SUITES: Final = frozenset(CIPHER_OF_SUITE)
+# An iterator gives each number once only where the interpreter has its global lock (PEP 703).
+_LEASED_RECORDS: Final = 256 if getattr(sys, "_is_gil_enabled", lambda: True)() else 0
+_LEASED_BYTES: Final = 1 << 16  # what a leased record counts as, and may have at most
 _MAX_OPENED: Final = 10_000
 _MISSING_TTL_S: Final = 30.0
 
@@ -51,6 +55,14 @@ def record_place(aad: bytes = b"") -> bytes:
 def cell_place(path: str) -> bytes:
     """Return what binds a cell to its field or column, named by its path."""
     return b"\x01" + path.encode()
+
+
+class _Lease(NamedTuple):
+    """Numbers of a key for records to come, which need no lock; they count against its limits already."""
+
+    key: RecordKey
+    numbers: Iterator[int]
+    expires: float
 
 
 class RecordEncryptor:
@@ -81,6 +93,7 @@ class RecordEncryptor:
         self._key, self._next = _NO_KEY, 0
         self._left = Allowance(policy)
         self._left.records = 0  # of no key yet
+        self._lease = _NO_LEASE
         _forked.add(self)
 
     def encrypt(self, plaintext: bytes, place: bytes = b"\x00") -> bytes:
@@ -96,14 +109,15 @@ class RecordEncryptor:
         """
         if plaintext[:1] in _SUITES:
             refuse_envelope(plaintext)
-        with self._lock:
-            left, n_bytes = self._left, len(plaintext)  # Allowance.fits and spend, without the calls
-            if left.records < 1 or left.bytes < n_bytes or time.monotonic() >= left.expires:
-                left = self._renew()
-            left.records -= 1
-            left.bytes -= n_bytes
-            key, number = self._key, self._next
-            self._next = number + 1
+        lease = self._lease
+        number = None
+        if len(plaintext) <= _LEASED_BYTES and time.monotonic() < lease.expires:
+            number = next(
+                lease.numbers, None
+            )  # each number goes to one thread only: this is one step of the interpreter
+        if number is None:
+            lease, number = self._take(len(plaintext))
+        key = lease.key
         nonce = (key.base_nonce ^ number).to_bytes(NONCE_BYTES, "big")
         return key.prefix + nonce + key.gcm.encrypt(nonce, plaintext, key.aad + place)
 
@@ -128,20 +142,43 @@ class RecordEncryptor:
         """Drop the key; the next record takes a new one."""
         with self._lock:
             self._left.records = 0
+            self._lease = _NO_LEASE
 
-    def _renew(self) -> Allowance:
+    def _take(self, n_bytes: int) -> tuple[_Lease, int]:
+        """Return the number of one record, and the lease of those that follow it."""
+        with self._lock:
+            if n_bytes <= _LEASED_BYTES and time.monotonic() < self._lease.expires:
+                number = next(self._lease.numbers, None)
+                if number is not None:  # another thread was here first
+                    return self._lease, number
+            if not self._left.fits(1, n_bytes):
+                self._renew()
+            left, first = self._left, self._next
+            left.spend(1, n_bytes)
+            n_leased = 0
+            if n_bytes <= _LEASED_BYTES:
+                n_leased = max(0, min(_LEASED_RECORDS, left.records, left.bytes // _LEASED_BYTES))
+            left.spend(n_leased, n_leased * _LEASED_BYTES)
+            self._next = first + 1 + n_leased
+            lease = _Lease(self._key, iter(range(first + 1, self._next)), left.expires)
+            if n_bytes <= _LEASED_BYTES:
+                self._lease = lease
+            return lease, first
+
+    def _renew(self) -> None:
         with cache.generate_data_key(self._keys, self._context) as data_key:
             key, key_file = new_record_key(data_key, self._context, self._cipher)
         self._store.put(key.key_id.hex(), key_file.to_bytes())
         _remember_prefix(key.prefix)
         self._key, self._next = key, 0
         self._left = Allowance(self._policy)
-        return self._left
+        self._lease = _NO_LEASE
 
     def after_fork(self) -> None:
         """Start anew in a child process: parent and child must not both use a nonce."""
         self._lock = threading.Lock()
         self._left.records = 0
+        self._lease = _NO_LEASE
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to pickle or copy: two copies would use the same nonces."""
@@ -333,6 +370,7 @@ def _remember_prefix(prefix: bytes) -> None:
 _NO_KEY: Final = RecordKey(
     RAW_CELL_CIPHER, bytes(32), bytes(NONCE_BYTES), bytes(32)
 )  # never used: nothing is left of it
+_NO_LEASE: Final = _Lease(_NO_KEY, iter(()), 0.0)
 _prefixes: Final[set[bytes]] = set()
 _forked: Final[weakref.WeakSet[RecordEncryptor | RecordDecryptor]] = weakref.WeakSet()
 

@@ -209,6 +209,8 @@ class KeyUsingDoFn(beam.DoFn, Generic[Bundle]):
     def teardown(self) -> None:
         """Drop what a bundle that failed has left."""
         self.__dict__.pop("bundle", None)
+        if (progress := self.__dict__.pop("_progress", None)) is not None:
+            progress.drop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what belongs to a bundle behind: only configuration travels."""

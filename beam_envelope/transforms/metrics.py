@@ -57,6 +57,10 @@ class Progress:
     def __exit__(self, *_exception: object) -> None:
         """Report what is left."""
         self._flush()
+        self.drop()
+
+    def drop(self) -> None:
+        """Report no more, as when the bundle has failed."""
         _reported.open.discard(self)
 
     def _flush(self) -> None:

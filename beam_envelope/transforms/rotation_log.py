@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from datetime import datetime, timezone
 from typing import Any
 
 import apache_beam as beam
 
-from beam_envelope.io.store import store_of
+from beam_envelope.transforms.job_log import WriteLog, now
 from beam_envelope.transforms.plan import FailedFile
 from beam_envelope.transforms.rotate import RotatedFile
 
@@ -37,34 +35,13 @@ class WriteRotationLog(beam.PTransform[Any, Any]):
             results[0] | "Rotated" >> beam.Map(_rotated_line, note).with_output_types(str),
             results[1] | "Failed" >> beam.Map(_failed_line, note).with_output_types(str),
         ]
-        together = lines | beam.Flatten() | beam.Map(_with_no_key).with_output_types(tuple[None, str])
-        return together | beam.GroupByKey() | "Write" >> beam.Map(_write, self._path).with_output_types(str)
+        return lines | beam.Flatten() | "Log" >> WriteLog(self._path)
 
 
 def _rotated_line(row: RotatedFile, note: dict[str, bool]) -> str:
     keys = {"before": list(row.before), "after": list(row.after), "changed": row.changed}
-    return json.dumps({"time": _now(), "key_file": row.key_file, **keys, **note})
+    return json.dumps({"time": now(), "key_file": row.key_file, **keys, **note})
 
 
 def _failed_line(row: FailedFile, note: dict[str, bool]) -> str:
-    return json.dumps({"time": _now(), "key_file": row.source, "error": row.error, "message": row.message, **note})
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _with_no_key(line: str) -> tuple[None, str]:
-    return None, line
-
-
-def _write(lines: tuple[None, Iterable[str]], path: str) -> str:
-    output = store_of(path).create(path, overwrite=True, size_hint=0)
-    try:
-        for line in lines[1]:
-            output.write(line.encode() + b"\n")
-        output.commit()
-    except BaseException:
-        output.abort()
-        raise
-    return path
+    return json.dumps({"time": now(), "key_file": row.source, "error": row.error, "message": row.message, **note})

@@ -6,6 +6,7 @@ import re
 import traceback
 import typing
 from collections import Counter
+from typing import Any
 
 import apache_beam as beam
 import pytest
@@ -393,7 +394,8 @@ def failures(transform, elements):
     _kept.clear()
     p = pipeline()
     with CollectingErrorHandler() as handler:
-        done = p | beam.Create(elements) | transform.with_error_handler(handler)
+        untyped = p | beam.Create(elements) | "Untyped" >> beam.Map(lambda element: element).with_output_types(Any)
+        done = untyped | transform.with_error_handler(handler)
     _ = done | "Done" >> beam.Map(keep)
     _ = handler.output() | "Failed" >> beam.Map(keep)
     result = p.run()
