@@ -125,7 +125,7 @@ class KeyFile:
             "context": dict(sorted(self.context.items())),
             "data_keys": [write_data_key(data_key) for data_key in self.data_keys],
         }
-        return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+        return _encode(document).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, raw: bytes, what: str) -> KeyFile:
@@ -205,6 +205,23 @@ def _derivation(entry: Any) -> Derivation:  # parsed JSON
     if len(derivation.salt) != SALT_BYTES or len(derivation.commitment) != COMMITMENT_BYTES:
         raise ValueError
     return derivation
+
+
+def _encode(value: Any, newline: str = "\n") -> str:
+    """Return what `json.dumps(value, indent=2, ensure_ascii=False)` gives, in a fraction of the time.
+
+    With `indent` json does without its C encoder, and a rotation writes each key file anew.
+    """
+    inner = newline + "  "
+    if isinstance(value, dict) and value:
+        items = (f"{_quote(key)}: {_encode(item, inner)}" for key, item in value.items())
+        return f"{{{inner}{f',{inner}'.join(items)}{newline}}}"
+    if isinstance(value, list) and value:
+        return f"[{inner}{f',{inner}'.join(_encode(item, inner) for item in value)}{newline}]"
+    return _quote(value)
+
+
+_quote: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def write_data_key(data_key: WrappedDataKey) -> dict[str, Any]:

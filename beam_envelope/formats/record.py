@@ -44,6 +44,7 @@ _SUITES: Final = frozenset(CIPHER_OF_SUITE)
 _LEASED_RECORDS: Final = 256 if getattr(sys, "_is_gil_enabled", lambda: True)() else 0
 _LEASED_BYTES: Final = 1 << 16  # what a leased record counts as, and may have at most
 _MAX_OPENED: Final = 10_000
+_OPENED_TTL_S: Final = 60.0  # then the cache of data keys is asked again, which asks the KMS after its own time
 _MISSING_TTL_S: Final = 30.0
 
 
@@ -251,11 +252,14 @@ class RecordDecryptor:
     def _load(self, key_id: bytes, cipher: str) -> tuple[float, RecordKey]:
         """Return a key and until when it may be used, from memory or through key store and KMS."""
         slot = SUITE_OF_CIPHER.get(cipher, b"") + key_id
+        known = self._opened.get(slot)
+        if known is not None and time.monotonic() < known[0]:
+            return known
         with self._lock:  # threads that need the same key wait for one call
             known = self._opened.get(slot)
             if known is not None and time.monotonic() < known[0]:
                 return known
-            opened = time.monotonic() + cache.UNWRAPPED_TTL_S, self._fetch(key_id, cipher)
+            opened = time.monotonic() + _OPENED_TTL_S, self._fetch(key_id, cipher)
             if len(self._opened) >= _MAX_OPENED:
                 self._opened = {}
             self._opened[slot] = opened

@@ -415,3 +415,12 @@ def test_a_key_file_is_no_shard(shard, local_key):
     assert str(caught.value) == (
         f"{key_file_of(shard)} is a key file or an unfinished file, not a shard. Name the shard itself"
     )
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.text(min_size=1)), st.text(), st.lists(st.binary(max_size=40), min_size=1)
+)
+def test_the_encoding_is_that_of_json(context, name, wrapped):
+    data_key = WrappedDataKey(bytes(16), tuple(WrappedKey("p", name, form) for form in wrapped))
+    text = KeyFile((data_key,), context, name=name).to_bytes().decode("utf-8", "surrogatepass")
+    assert text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
