@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
+from beam_envelope.keys.provider import kms_calls
 from beam_envelope.testing import FakeKms
 
 settings.register_profile("beam_envelope", deadline=None, print_blob=True)  # a shared machine knows no deadline
@@ -17,7 +18,8 @@ settings.load_profile("beam_envelope")
 
 @pytest.fixture(autouse=True)
 def empty_caches():
-    """Start and end each test without cached data keys and KMS clients."""
+    """Start and end each test without cached data keys and KMS clients, and count KMS calls from here on."""
+    kms_calls.counts.clear()
     clear_caches()
     yield
     clear_caches()

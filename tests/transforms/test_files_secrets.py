@@ -87,7 +87,7 @@ def test_an_encrypting_dofn_has_no_key_in_its_pickle_at_any_time_of_its_life(
     tmp_path, data, local_key, data_keys, policy
 ):
     transform = EncryptFiles(f"{tmp_path}/sealed", key=local_key, context=CONTEXT, policy=policy)
-    dofn = transform._work
+    dofn = transform.work
     size = (data / "a.csv").stat().st_size
     lives = [cloudpickle.dumps(dofn)]
     dofn.start_bundle()
@@ -113,7 +113,7 @@ def test_an_encrypting_dofn_has_no_key_in_its_pickle_at_any_time_of_its_life(
 
 
 def test_a_bundles_key_is_erased_at_its_end(tmp_path, local_key):
-    dofn = EncryptFiles(f"{tmp_path}/sealed", key=local_key)._work
+    dofn = EncryptFiles(f"{tmp_path}/sealed", key=local_key).work
     dofn.start_bundle()
     source = dofn._source
     source.take().close()
@@ -136,8 +136,8 @@ def test_a_decrypting_dofn_has_no_key_in_its_pickle_before_and_after_use(tmp_pat
     lives = [cloudpickle.dumps(transform)]
     size = (tmp_path / "sealed/a.csv").stat().st_size
     target = f"{tmp_path}/opened/a.csv"
-    (result,) = transform._work.process((target, [Task(f"{tmp_path}/sealed/a.csv", size, target, 0, size)]))
-    lives += [cloudpickle.dumps(transform), cloudpickle.dumps(transform._work), cloudpickle.dumps(result)]
+    (result,) = transform.work.process((target, [Task(f"{tmp_path}/sealed/a.csv", size, target, 0, size)]))
+    lives += [cloudpickle.dumps(transform), cloudpickle.dumps(transform.work), cloudpickle.dumps(result)]
     assert len(data_keys) >= 2
     for pickled in lives:
         assert_no_secret(pickled, CANARY, *data_keys)
@@ -168,7 +168,7 @@ def test_the_serialised_pipeline_holds_no_key_and_no_plaintext_before_and_after_
         pipeline = beam.Pipeline(runner="FnApiRunner")
         _ = pipeline | "Files" >> beam.Create([source]) | label >> transform
         before = payloads(pipeline)
-        assert type(transform._work).__name__.encode() in before  # the pickles were found
+        assert type(transform.work).__name__.encode() in before  # the pickles were found
         pipeline.run().wait_until_finish()
         pipelines += [before, payloads(pipeline)]
     assert listing(tmp_path / "opened") == ["a.csv"]
