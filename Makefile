@@ -25,7 +25,12 @@ demo: .venv/.stamp-base ## see it at work on a real dataset; no AWS account need
 test: .venv/.stamp-test ## run the tests; PYTEST_ARGS="-k shard -x" passes options on
 	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
+# Maven fetches the AWS SDK for Java into its own folder; without it, the tests of docs/spark/ are skipped.
 spark: .venv/.stamp-spark ## have `make test` let Spark and Tink read what we write; needs Java 17 with javac
+	@if command -v mvn >/dev/null; then \
+		mvn --quiet --batch-mode --file tests/formats/spark/pom.xml dependency:build-classpath >/dev/null \
+		|| echo "Maven could not fetch the AWS SDK for Java: the tests of docs/spark/ will be skipped."; \
+	else echo "No Maven here: the tests of docs/spark/ will be skipped."; fi
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

@@ -1,7 +1,7 @@
 """The keys of an encrypted Parquet file: which column is under which data key, and how Parquet's own keys are wrapped.
 
 Parquet encrypts each column with a key of its own. Each of those is wrapped here, in this process, under a key derived
-from one of the file's data keys; only the data keys are wrapped by a KMS, in the key file. Bytes: docs/format.md.
+from one of the file's data keys; only the data keys are wrapped by a KMS, in the key file. Bytes: docs/format.md, 10.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import base64
 import binascii
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,21 +24,17 @@ from beam_envelope.errors import (
     EnvelopeError,
     FormatError,
     KeyAccessError,
-    KmsUnavailableError,
     TamperedError,
     WrongKeyError,
 )
-from beam_envelope.formats.keyfile import MAX_DATA_KEYS, MAX_WRAPPED_KEYS, KeyFile
+from beam_envelope.formats.keyfile import MAX_DATA_KEYS, MAX_WRAPPED_KEYS
 from beam_envelope.formats.parquet_columns import Paths
 from beam_envelope.keys import cache
-from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
+from beam_envelope.keys.provider import DataKey, KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
 
 COLUMNS_ENTRY: Final = "beam-envelope.columns"
 """The entry of the Parquet footer's key-value metadata that says which column is under which data key."""
-DENIAL_TTL_S: Final = 60.0
-"""How long a reader that goes on without denied columns does not ask the KMS for them again."""
-
 _LABEL: Final = b"beam-envelope/parquet@v1\x00"
 _WRAPPING_KEY_BYTES: Final = 32
 _KEY_BYTES: Final = 32
@@ -257,112 +252,3 @@ class LocalClient(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no types
 
     def _aad(self, name: str) -> bytes:
         return self._binding + name.encode()
-
-
-class FileKeys:
-    """The data keys of one file that is read, each unwrapped when a column under it is first wanted.
-
-    Attributes:
-        client: what pyarrow asks.
-        binding: the key file's.
-    """
-
-    def __init__(self, keys: Sequence[KeyProvider], key_file: KeyFile, context: Mapping[str, str], what: str) -> None:
-        """Unwrap the footer's data key.
-
-        Raises:
-            WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError: from the KMS.
-        """
-        self._keys, self._key_file, self._context, self._what = tuple(keys), key_file, dict(context), what
-        self._denied: dict[int, EnvelopeError] = {}
-        self._open: set[int] = set()
-        self._memory = cache.shared(_Memory, _Memory)
-        self.client = LocalClient(key_file.binding(), what)
-        self._unwrap(0)
-
-    def denial(self, number: int, *, remembered: bool) -> EnvelopeError | None:
-        """Unwrap a data key; return why it may not be, or None if it is open now.
-
-        Args:
-            number: which.
-            remembered: take the KMS's answer to another file of this process, if it was no and not long ago.
-
-        Raises:
-            TamperedError, KmsUnavailableError: from the KMS.
-        """
-        if number in self._open:
-            return None
-        if number in self._denied:
-            return self._denied[number]
-        entry = (self._keys, tuple(sorted(self._context.items())), self._key_file.data_keys[number])
-        denial = self._memory.denial(entry) if remembered else None
-        if denial is None:
-            try:
-                self._unwrap(number)
-            except (WrongKeyError, KeyAccessError) as error:
-                denial = type(error)(str(error))  # without its traceback, which holds the stack
-                self._memory.deny(entry, denial)
-            else:
-                return None
-        self._denied[number] = denial
-        return denial
-
-    def kms_keys(self, number: int) -> str:
-        """Return the names of the KMS keys that a data key is under."""
-        return ", ".join(wrapped.kms_key for wrapped in self._key_file.data_keys[number].wrapped_keys)
-
-    def _unwrap(self, number: int) -> None:
-        wrapped = self._key_file.data_keys[number]
-        failures: list[EnvelopeError] = []
-        for key in self._memory.in_order(self._keys, wrapped.wrapped_keys) or self._keys:
-            try:
-                with cache.unwrap((key,), wrapped.wrapped_keys, self._context, wrapped.key_id, self._what) as data_key:
-                    self.client.add(number, data_key)
-            except EnvelopeError as error:
-                failures.append(error)
-                continue
-            self._memory.learn(key, wrapped.wrapped_keys)
-            self._open.add(number)
-            return
-        # As cache.unwrap has it: first of all that a KMS is down, last of all that a key is not the right one.
-        raise min(
-            failures, key=lambda error: (not isinstance(error, KmsUnavailableError), isinstance(error, WrongKeyError))
-        )
-
-
-class _Memory:
-    """What this process has heard of KMS keys; no key is in it.
-
-    An alias does not say which KMS key it stands for, and whoever tried each key of the caller's on each data key would
-    make far more calls than there are data keys.
-    """
-
-    def __init__(self) -> None:
-        self._denials: dict[object, tuple[float, EnvelopeError]] = {}
-        self._opened: dict[KeyProvider, str] = {}
-
-    def denial(self, entry: object) -> EnvelopeError | None:
-        expires, denial = self._denials.get(entry, (0.0, None))
-        return denial if time.monotonic() < expires else None
-
-    def deny(self, entry: object, denial: EnvelopeError) -> None:
-        if len(self._denials) >= cache.MAX_ENTRIES:
-            self._denials = {}
-        self._denials[entry] = (time.monotonic() + DENIAL_TTL_S, denial)
-
-    def learn(self, key: KeyProvider, wrapped_keys: Sequence[WrappedKey]) -> None:
-        """Keep in mind what a key has opened, if there is no doubt."""
-        forms = [form for form in wrapped_keys if key.may_open(form)]
-        if len(self._opened) >= cache.MAX_ENTRIES:
-            self._opened = {}
-        if len(forms) == 1:
-            self._opened[key] = forms[0].kms_key
-
-    def in_order(self, keys: Sequence[KeyProvider], wrapped_keys: Sequence[WrappedKey]) -> list[KeyProvider]:
-        """Return the keys that may open one of these, those first that did, and those last that opened others."""
-        names = {form.kms_key for form in wrapped_keys}
-        rank = {key: 1 if key not in self._opened else 0 if self._opened[key] in names else 2 for key in keys}
-        return sorted((key for key in keys if any(map(key.may_open, wrapped_keys))), key=rank.__getitem__)
-
-    def close(self) -> None:
-        self._denials, self._opened = {}, {}

@@ -22,8 +22,10 @@ import pyarrow.parquet.encryption as pe
 from beam_envelope.errors import EnvelopeError, FormatError, TamperedError
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.formats.parquet_columns import Paths, conform, units, with_nulls
-from beam_envelope.formats.parquet_keys import COLUMNS_ENTRY, FileKeys, decode_columns
+from beam_envelope.formats.parquet_interop import KmsWrappedKeys
+from beam_envelope.formats.parquet_keys import COLUMNS_ENTRY
 from beam_envelope.formats.parquet_source import Source, check_ends
+from beam_envelope.formats.parquet_unwrap import FileKeys, Keys
 from beam_envelope.keys.provider import KeyProvider
 
 OnDenied: TypeAlias = 'Literal["error", "null", "drop"]'
@@ -57,13 +59,12 @@ class EncryptedParquetReader:
 
     Attributes:
         name: the file.
-        key_file: what its key file says.
     """
 
     def __init__(
         self,
         stream: BinaryIO | pa.NativeFile,
-        key_file: KeyFile,
+        key_file: KeyFile | None,
         keys: Sequence[KeyProvider],
         context: Mapping[str, str],
         what: str,
@@ -71,16 +72,20 @@ class EncryptedParquetReader:
         on_denied: OnDenied = "error",
         own: bool = False,
     ) -> None:
-        """Open the footer. Raises as `open_parquet`."""
+        """Open the footer; without key file, the keys are in it. Raises as `open_parquet`."""
         if on_denied not in {"error", "null", "drop"}:
             raise ValueError(f"on_denied is 'error', 'null' or 'drop', not {on_denied!r}")
-        self.name, self.key_file = what, key_file
+        self.name, self._key_file = what, key_file
         self._on_denied = on_denied
         self._lock = threading.RLock()
         self._source = Source(stream)
         self._own = own
-        check_ends(self._source, what)
-        self._keys = FileKeys(keys, key_file, context, what)
+        self._keys: Keys
+        if key_file is None:
+            self._keys = KmsWrappedKeys(self._source, keys, context, what)
+        else:
+            check_ends(self._source, what)
+            self._keys = FileKeys(keys, key_file, context, what)
         # pyarrow may use a factory for as long as the file is open, but does not keep it. The lambda must not know this
         # reader: garbage collection would not see through the factory.
         client = self._keys.client
@@ -98,7 +103,14 @@ class EncryptedParquetReader:
         self._file_schema = _without_entry(arrow_schema)
         self._metadata.pop(b"ARROW:schema", None)
         entry = self._metadata.pop(COLUMNS_ENTRY.encode(), None)
-        self._assigned = decode_columns(entry, leaves, len(key_file.data_keys), what)
+        self._assigned = self._keys.assign(entry, leaves)
+
+    @property
+    def key_file(self) -> KeyFile:
+        """What its key file says. Raises ValueError if it was opened without one (`interop=True`)."""
+        if self._key_file is None:
+            raise ValueError(f"{self.name} was opened with the keys in its footer: it has no key file")
+        return self._key_file
 
     @property
     def num_row_groups(self) -> int:

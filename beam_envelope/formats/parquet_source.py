@@ -20,6 +20,9 @@ _CRYPTO_METADATA: Final = re.compile(
     rb"\x1c\x1c\x28\x08.{8}\x12?\x00\x00\x18([\x80-\xff][\x01-\x7f])(\{[^{}]*\})\x00", re.DOTALL
 )
 _MAX_CRYPTO_METADATA_BYTES: Final = 1024
+_NO_FOOTER: Final = (
+    "{} was changed after it was written: its footer does not begin as it should. Restore it from a copy"
+)
 _KEY_MATERIAL: Final = {
     "keyMaterialType": "PKMT1",
     "internalStorage": True,
@@ -95,12 +98,25 @@ def check_ends(source: Source, what: str) -> None:
     Raises:
         NotEncryptedError, TruncatedError, TamperedError.
     """
+    source.seek(0)
+    if source.read(len(PLAIN_MAGIC)) == PLAIN_MAGIC:
+        msg = f"{what} is plain Parquet beside the key file of an encrypted file: it was put in its place. Restore it"
+        raise NotEncryptedError(msg)
+    start, footer_bytes = find_footer(source, what)
+    source.seek(start)
+    if not _is_ours(source.read(min(footer_bytes, _MAX_CRYPTO_METADATA_BYTES))):
+        raise TamperedError(_NO_FOOTER.format(what))
+
+
+def find_footer(source: Source, what: str) -> tuple[int, int]:
+    """Return where the footer of an encrypted Parquet file begins, and how many bytes it has.
+
+    Raises:
+        TruncatedError, TamperedError: the file does not begin and end as one.
+    """
     size = source.seek(0, io.SEEK_END)
     source.seek(0)
     head = source.read(len(MAGIC))
-    if head == PLAIN_MAGIC:
-        msg = f"{what} is plain Parquet beside the key file of an encrypted file: it was put in its place. Restore it"
-        raise NotEncryptedError(msg)
     if head != MAGIC and MAGIC.startswith(head):
         raise TruncatedError(f"{what} has {size} bytes, which no whole file has: it was cut short. Write it again")
     if head != MAGIC:
@@ -111,10 +127,9 @@ def check_ends(source: Source, what: str) -> None:
         raise TruncatedError(f"{what} does not end as an encrypted Parquet file does: it was cut short. Write it again")
     footer_bytes = int.from_bytes(tail[:4], "little")
     start = size - _TAIL_BYTES - footer_bytes
-    source.seek(max(start, 0))
-    if start < len(MAGIC) or not _is_ours(source.read(min(footer_bytes, _MAX_CRYPTO_METADATA_BYTES))):
-        msg = f"{what} was changed after it was written: its footer does not begin as it should. Restore it from a copy"
-        raise TamperedError(msg)
+    if start < len(MAGIC):
+        raise TamperedError(_NO_FOOTER.format(what))
+    return start, footer_bytes
 
 
 def _is_ours(footer: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The writing side of an encrypted Parquet file. Bytes: docs/format.md."""
+"""The writing side of an encrypted Parquet file. Bytes: docs/format.md, 10."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from beam_envelope.errors import EnvelopeError
 from beam_envelope.formats.keyfile import PARQUET_CIPHER, KeyFile, WrappedDataKey
 from beam_envelope.formats.output import Buffer, Output
 from beam_envelope.formats.parquet_columns import leaf_paths
+from beam_envelope.formats.parquet_interop import WrappingClient, master_key_names
 from beam_envelope.formats.parquet_keys import (
     COLUMNS_ENTRY,
     ColumnKeys,
@@ -42,7 +43,6 @@ class EncryptedParquetWriter:
     Attributes:
         name: the file.
         schema: the schema of what is written.
-        key_file: what is written beside it.
         num_rows: how many rows were written.
     """
 
@@ -56,10 +56,14 @@ class EncryptedParquetWriter:
         *,
         name: str,
         options: Mapping[str, Any],
+        interop: bool = False,
     ) -> None:
         """Start the file; `data_keys`, one for each of `column_keys.groups`, may be closed afterwards.
 
+        With `interop` there are none: the KMS is asked here, once for each group, and there is no key file.
+
         Raises:
+            KeyAccessError, KmsUnavailableError: from the KMS, with `interop`.
             ValueError, TypeError: the schema, the columns or an option do not go.
             OSError: from the output.
         """
@@ -69,25 +73,35 @@ class EncryptedParquetWriter:
         self.name = output.name
         self.schema = schema
         self.num_rows = 0
-        self.key_file = KeyFile(
-            data_keys=tuple(map(WrappedDataKey.of, data_keys)), context=dict(context), cipher=PARQUET_CIPHER, name=name
-        )
+        self._key_file: KeyFile | None = None
         self._broken = False
         self._pid = os.getpid()
         self._handled_at_start = sys.exc_info()[1]
         # pyarrow may use a factory for as long as the file is open, but does not keep it.
-        self._factory, properties = self._properties(data_keys)
-        output.begin(self.key_file.to_bytes())
+        if interop:
+            self._factory, properties = self._kms_properties(master_key_names(column_keys, context))
+        else:
+            forms = tuple(map(WrappedDataKey.of, data_keys))
+            self._key_file = KeyFile(forms, dict(context), cipher=PARQUET_CIPHER, name=name)
+            self._factory, properties = self._local_properties(data_keys, self._key_file)
+            output.begin(self._key_file.to_bytes())
         self._sink = _Sink(output)
         self._writer: Any = pq.ParquetWriter(self._sink, schema, **options, encryption_properties=properties)
         try:
-            entry = encode_columns(self._assigned)
+            entry = None if interop else encode_columns(self._assigned)
             if entry is not None:
                 self._writer.add_key_value_metadata({COLUMNS_ENTRY: entry})
         except BaseException:
             self._sink.drop()  # pyarrow's writer finishes when it is garbage collected
             raise
         self._output = output
+
+    @property
+    def key_file(self) -> KeyFile:
+        """What is written beside it. Raises ValueError with `interop=True`: nothing is."""
+        if self._key_file is None:
+            raise ValueError(f"{self.name} is written with interop=True: its keys are in its footer, not in a key file")
+        return self._key_file
 
     @property
     def columns(self) -> dict[str, str]:
@@ -219,32 +233,48 @@ class EncryptedParquetWriter:
             raise ValueError(msg)
         raise ValueError(f"an earlier write to {self.name} failed, so it is dropped. Write it again from the start")
 
-    def _properties(self, data_keys: Sequence[DataKey]) -> tuple[pe.CryptoFactory, Any]:
+    def _local_properties(self, data_keys: Sequence[DataKey], key_file: KeyFile) -> tuple[pe.CryptoFactory, Any]:
         """Have pyarrow make the file's own keys, which are wrapped at once."""
-        client = LocalClient(self.key_file.binding(), self.name)
+        client = LocalClient(key_file.binding(), self.name)
         for place, data_key in enumerate(data_keys):
             client.add(place, data_key)
-        uniform = is_uniform(self._assigned)
+        names = [key_name(place) for place in range(len(data_keys))]
+        # Double wrapping would put a key of 128 bits between those of 256.
+        factory, properties = self._properties(client, names, double_wrapping=False)
+        encrypted = [number for number in self._assigned.values() if number is not None]
+        self._check_wrapped(client.wrapped, 1 if is_uniform(self._assigned) else 1 + len(encrypted))
+        return factory, properties
+
+    def _kms_properties(self, names: list[str]) -> tuple[pe.CryptoFactory, Any]:
+        """Have pyarrow make the file's own keys, and a key for each KMS key that the KMS wraps."""
+        client = WrappingClient({name: group[0] for name, group in zip(names, self._groups, strict=True)})
+        factory, properties = self._properties(client, names, double_wrapping=True)
+        self._check_wrapped(client.wrapped, len({0, *self._assigned.values()} - {None}))
+        return factory, properties
+
+    def _properties(
+        self, client: pe.KmsClient, names: Sequence[str], *, double_wrapping: bool
+    ) -> tuple[pe.CryptoFactory, Any]:
         columns: dict[str, list[str]] = {}
         for leaf, number in self._assigned.items():
             if number is not None:
-                columns.setdefault(key_name(number), []).append(leaf)
+                columns.setdefault(names[number], []).append(leaf)
         configuration = pe.EncryptionConfiguration(
-            footer_key=key_name(0),
-            **({"uniform_encryption": True} if uniform else {"column_keys": columns}),
+            footer_key=names[0],
+            **({"uniform_encryption": True} if is_uniform(self._assigned) else {"column_keys": columns}),
             encryption_algorithm="AES_GCM_V1",
             plaintext_footer=False,
-            # Double wrapping would put a key of 128 bits between those of 256.
-            double_wrapping=False,
+            double_wrapping=double_wrapping,
             data_key_length_bits=_DEK_BITS,
         )
         factory = pe.CryptoFactory(lambda _: client)
-        properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), configuration)
-        expected = 1 if uniform else 1 + sum(map(len, columns.values()))
-        if client.wrapped != expected:
-            msg = f"pyarrow would encrypt {client.wrapped - 1} columns of {self.name} instead of {expected - 1}"
+        return factory, factory.file_encryption_properties(pe.KmsConnectionConfig(), configuration)
+
+    def _check_wrapped(self, found: int, expected: int) -> None:
+        """See that pyarrow understood which columns it is to encrypt."""
+        if found != expected:
+            msg = f"pyarrow would wrap {found} keys for {self.name} instead of {expected}"
             raise EnvelopeError(f"{msg}; nothing is written. Use another release of pyarrow")
-        return factory, properties
 
 
 class _Sink:
