@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from beam_envelope.transforms.secret import AwsKmsSecret
     from beam_envelope.transforms.table_plan import DecryptedTable, EncryptedTable
     from beam_envelope.transforms.tables import DecryptTables, EncryptTables
+    from beam_envelope.transforms.verify import VerifyShards
+    from beam_envelope.transforms.verify_plan import VerifiedFile
 
 __version__ = "0.1.0"
 
@@ -103,6 +105,8 @@ __all__ = [
     "TamperedError",
     "TruncatedError",
     "Vault",
+    "VerifiedFile",
+    "VerifyShards",
     "WrappedKey",
     "WriteEncryptedFiles",
     "WriteEncryptedParquet",
@@ -150,6 +154,8 @@ _LATE = {
     "ReadEncryptedText": "beam_envelope.io.text",
     "RotateKeys": "beam_envelope.transforms.rotate",
     "RotatedFile": "beam_envelope.transforms.rotate",
+    "VerifiedFile": "beam_envelope.transforms.verify_plan",
+    "VerifyShards": "beam_envelope.transforms.verify",
     "WriteEncryptedFiles": "beam_envelope.io.fileio",
     "WriteEncryptedParquet": "beam_envelope.io.parquet_write",
     "WriteEncryptedText": "beam_envelope.io.text",

@@ -96,6 +96,25 @@ def add_rotate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a verifying job."""
+    parser.add_argument(
+        "patterns",
+        nargs="+",
+        metavar="SHARDS",
+        help="a folder, or a quoted glob of shards, Parquet files or key files; ** for sub-folders. Key stores too",
+    )
+    add_reader_arguments(parser)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="check key files, key commitments and lengths only; damage inside of files is not noticed",
+    )
+    parser.add_argument(
+        "--log", metavar="FILE", help="write what was found of each file, as JSON lines; FILE must not exist"
+    )
+
+
 def add_shards_argument(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument of the commands that look at shards."""
     parser.add_argument("patterns", nargs="+", metavar="SHARDS", help="a shard, a folder or a quoted glob")

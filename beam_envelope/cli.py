@@ -50,7 +50,20 @@ for the reason that is printed; all others were. Quote patterns, so that the she
 Beam may follow, as --NAME=VALUE. With no runner named, the job uses all cores of this machine for many key files.
 """
 
-_AGAIN: Final = {"rotate": "Run it again to finish it."}
+_VERIFY_EPILOG: Final = """\
+Examples:
+  beam-envelope verify sealed/ --key aws-kms://alias/etl --context dataset=flights
+  beam-envelope verify 's3://sealed/2026/**' --key aws-kms://alias/etl --any-context --log s3://audit/2026-07-01.jsonl
+  beam-envelope verify sealed/ s3://sealed/keys/ --key aws-kms://alias/etl --any-context --quick --json
+
+Every chunk of shards, every page of Parquet files and every key file is authenticated; nothing is written. Files
+with no key file, and key files whose file is missing, are problems too; unfinished files (_TMP_...) are not.
+Exit status: 0 if all is well, 1 if there is any problem or nothing was found, 2 if the command line is wrong.
+There is no manifest yet: a shard that is gone together with its key file, or an older pair of both in their place,
+is not noticed. Any option of Beam may follow, as --NAME=VALUE. With no runner named, the job uses all cores.
+"""
+
+_AGAIN: Final = {"rotate": "Run it again to finish it.", "verify": "Nothing was changed; run it again."}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +158,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         arguments.add_rotate_arguments,
         arguments.add_json_argument,
         epilog=_ROTATE_EPILOG,
+    )
+    add(
+        "verify",
+        "check that shards, Parquet files and key files are as they were written, without writing plaintext",
+        arguments.add_verify_arguments,
+        arguments.add_json_argument,
+        epilog=_VERIFY_EPILOG,
     )
     add(
         "inspect",

@@ -1,4 +1,4 @@
-"""The commands that work on files: encrypt, decrypt, inspect, cat; rotate is in rotate_command.py."""
+"""The commands that work on files: encrypt, decrypt, inspect, cat; others have modules of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs, rotate_command
+from beam_envelope import console, jobs, rotate_command, verify_command
 from beam_envelope.arguments import context_of
 from beam_envelope.console import printable
 from beam_envelope.formats.keyfile import PARQUET_CIPHER
@@ -50,6 +50,8 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         return _run_job("Decrypt", reader, tasks, arguments, options)
     if command == "rotate":
         return rotate_command.run(arguments, options)
+    if command == "verify":
+        return verify_command.run(arguments, options)
     return _inspect(arguments) if command == "inspect" else _cat(arguments)
 
 

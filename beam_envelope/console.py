@@ -177,4 +177,4 @@ def _done_files(counts: Counter[str]) -> int:
 
 
 def _done_bytes(counts: Counter[str]) -> int:
-    return counts["bytes_plaintext"] + counts["bytes_skipped"]
+    return counts["bytes_plaintext"] + counts["bytes_authenticated"] + counts["bytes_skipped"]

@@ -39,6 +39,8 @@ from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, 
 from beam_envelope.transforms.rotate import RotateKeys
 from beam_envelope.transforms.rotation_log import WriteRotationLog
 from beam_envelope.transforms.tables import DecryptAny, DecryptTables, EncryptTables
+from beam_envelope.transforms.verify import VerifyShards, WriteVerificationLog
+from beam_envelope.transforms.verify_plan import VerifiedFile
 
 _WAKE_UP: Final = signal.SIGUSR1
 
@@ -131,8 +133,25 @@ def _tell(failed: FailedFile) -> None:
     logging.getLogger(__name__).error("%s: %s", failed.source, failed.message)
 
 
+def verify_transform(arguments: argparse.Namespace) -> VerifyShards:
+    """Return the transform that the arguments describe. Raises ValueError, FormatError."""
+    return VerifyShards(key=arguments.key, context=context_of(arguments), quick=arguments.quick)
+
+
+def add_verification(pipeline: beam.Pipeline, arguments: argparse.Namespace, log: str | None) -> None:
+    """Add the steps of a verification to a pipeline. Problems are in the log, or else in that of the workers."""
+    verify = verify_transform(arguments)
+    verified = pipeline | "Files" >> beam.Create(arguments.patterns) | "VerifyShards" >> verify
+    _ = verified | ("Tell" >> beam.Map(_tell_problem) if log is None else "Log" >> WriteVerificationLog(log))
+
+
+def _tell_problem(file: VerifiedFile) -> None:
+    if not file.ok:
+        logging.getLogger(__name__).error("%s: %s", file.path, file.problem)
+
+
 def check_no_log(log: str | None) -> None:
-    """Keep the log of an earlier rotation. Raises FileExistsError, OSError."""
+    """Keep the log of an earlier job. Raises FileExistsError, OSError."""
     if log is not None and store_of(log).size(log) is not None:
         raise FileExistsError(errno.EEXIST, "the log exists, and is kept; name another", log)
 
