@@ -39,7 +39,7 @@ class Progress:
     def __init__(self) -> None:
         """Start from the KMS calls made so far, unless another one is open."""
         self._counts: Counter[str] = Counter()
-        if not _reported.open:
+        if not _reported.open or _reported.counts - kms_calls.counts:  # the latter: somebody set the counts back
             _reported.counts = kms_calls.counts.copy()
         _reported.open.add(self)
         self._due = time.monotonic() + _INTERVAL_S

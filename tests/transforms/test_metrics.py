@@ -98,6 +98,16 @@ def test_the_progress_of_a_bundle_that_failed_does_not_stay_open(counted):
     assert counted == {}
 
 
+def test_counts_that_were_set_back_count_on(counted):
+    kms_calls.counts["Decrypt"] += 5
+    left_open = Progress()
+    kms_calls.counts.clear()
+    with Progress():
+        kms_calls.counts["Decrypt"] += 2
+    assert counted == {"beam_envelope:kms_Decrypt": 2}
+    left_open.drop()
+
+
 def test_without_a_launcher_only_beam_is_told(counted, monkeypatch, tmp_path):
     monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "gone"))
     with Progress() as progress:
