@@ -5,6 +5,8 @@ Each message says what happened, to which file or key, and what to do next. None
 
 from __future__ import annotations
 
+from typing import Final
+
 
 class EnvelopeError(Exception):
     """The base of all errors below: catch it to catch them all."""
@@ -55,3 +57,19 @@ class FormatError(EnvelopeError):
 
 class ManifestError(EnvelopeError):
     """A dataset and its manifest disagree: a shard is missing, added, swapped or old."""
+
+
+DATA_ERRORS: Final = (
+    AlreadyEncryptedError,
+    ContextMismatchError,
+    FormatError,
+    KeyFileMissingError,
+    NotEncryptedError,
+    TamperedError,
+    TruncatedError,
+    WrongKeyError,
+)
+"""The errors that concern one file, record or cell, and so may become a dead letter.
+
+Those of the KMS never do: they fail the bundle, so that the runner tries it again.
+"""

@@ -9,31 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_envelope.errors import (
-    ContextMismatchError,
-    EnvelopeError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-)
+from beam_envelope.errors import DATA_ERRORS, EnvelopeError, FormatError
 from beam_envelope.formats import cell
 from beam_envelope.formats.cell import Numbers, TooLargeError, cut
 from beam_envelope.formats.cell_type import MAX_BYTES, describe, parse
 
 _NULL_CELL: Final = pa.scalar(b"n\x00", pa.large_binary())
 
-ONE_CELL: Final = (
-    ContextMismatchError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-)
+ONE_CELL: Final = DATA_ERRORS
 """The errors that concern a cell, and not the KMS or the program."""
 
 Failures: TypeAlias = dict[int, EnvelopeError]

@@ -15,17 +15,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import apache_beam as beam
 from apache_beam import coders
 
-from beam_envelope.errors import (
-    AlreadyEncryptedError,
-    ContextMismatchError,
-    EnvelopeError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-)
+from beam_envelope.errors import DATA_ERRORS, EnvelopeError
 from beam_envelope.formats.dataset_key import DATASET_KEY, DeterministicEncryptor, checked_key_name
 from beam_envelope.formats.keyfile import RECORD_CIPHER
 from beam_envelope.formats.keystore import KeyStore
@@ -41,18 +31,8 @@ from beam_envelope.transforms.metrics import Progress
 Bundle = TypeVar("Bundle")
 FAILED: Final = "failed"
 
-# What concerns one element goes to an error handler, where there is one. Errors of the KMS never do: they fail the
-# bundle, so that the runner tries it again.
-DEAD_LETTERS: Final = (
-    AlreadyEncryptedError,
-    ContextMismatchError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-)
+DEAD_LETTERS: Final = DATA_ERRORS
+"""What goes to an error handler, where there is one."""
 
 
 class FailedRecord(NamedTuple):

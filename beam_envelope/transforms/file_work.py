@@ -10,33 +10,12 @@ import apache_beam as beam
 from apache_beam import typehints
 from apache_beam.io.filesystem import FileMetadata
 
-from beam_envelope.errors import (
-    AlreadyEncryptedError,
-    ContextMismatchError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-)
+from beam_envelope.errors import DATA_ERRORS
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
 
-# What concerns one file goes to an error handler, where there is one. Errors of the KMS never do: they fail the bundle,
-# so that the runner tries it again.
-_DEAD_LETTERS: Final = (
-    AlreadyEncryptedError,
-    ContextMismatchError,
-    FormatError,
-    KeyFileMissingError,
-    NotEncryptedError,
-    TamperedError,
-    TruncatedError,
-    WrongKeyError,
-    FileNotFoundError,
-    PermissionError,
-)
+# What concerns one file goes to an error handler, where there is one.
+_DEAD_LETTERS: Final = (*DATA_ERRORS, FileNotFoundError, PermissionError)
 
 
 @typehints.with_input_types(str | FileMetadata)
