@@ -80,10 +80,6 @@ class WrappingClient(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no type
         self.wrapped += 1
         return base64.b64encode(wrapped.wrapped).decode()
 
-    def unwrap_key(self, wrapped_key: str, master_key_identifier: str) -> bytes:
-        """Refuse: nothing is read while a file is written."""
-        raise NotImplementedError
-
 
 class KmsWrappedKeys(Keys):
     """The keys in the footer of one file that is read.
@@ -178,10 +174,6 @@ class _UnwrappedClient(pe.KmsClient):  # type: ignore[misc]  # pyarrow has no ty
     def unwrapped(self, material: KeyMaterial) -> bytes:
         """Return what the KMS unwrapped."""
         return self._open[material.master_key, material.token]
-
-    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> str:
-        """Refuse: nothing is written while a file is read."""
-        raise NotImplementedError
 
     def unwrap_key(self, wrapped_key: str, master_key_identifier: str) -> bytes:
         """Return a key that is open. Raises KeyAccessError."""
