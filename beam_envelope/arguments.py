@@ -9,6 +9,7 @@ from typing import Final
 from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
 from beam_envelope.table_arguments import CODECS, add_decrypt_table_arguments, add_encrypt_table_arguments
 
+MANIFEST_MODES: Final = ("use", "require", "ignore")
 IF_EXISTS: Final = ("error", "skip", "overwrite")
 
 KEY_HELP: Final = (
@@ -46,6 +47,12 @@ def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
         "--compression",
         choices=CODECS,
         help="before encryption. Shards: none (default) or zstd. Parquet: default as in the input, and snappy for text",
+    )
+    parser.add_argument(
+        "--no-manifest",
+        dest="manifest",
+        action="store_false",
+        help="do not list the shards in the output's _MANIFEST.json, which shows a reader what is missing or added",
     )
     _add_common_arguments(parser)
     add_encrypt_table_arguments(parser)
@@ -135,6 +142,13 @@ def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", required=True, action="append", help=f"{KEY_HELP}. Give it again to allow more keys")
     add_context_argument(parser, "the context that the shards were written with")
     parser.add_argument("--any-context", action="store_true", help="accept shards of any context")
+    parser.add_argument(
+        "--manifest",
+        choices=MANIFEST_MODES,
+        default="use",
+        help="where a manifest is at or above the shards, it has to list them (use, the default); there has to be one "
+        "(require); or pass it over (ignore)",
+    )
 
 
 def add_context_argument(parser: argparse.ArgumentParser, text: str) -> None:

@@ -25,8 +25,10 @@ from beam_envelope.arguments import context_of
 from beam_envelope.console import printable
 from beam_envelope.formats.keyfile import PARQUET_CIPHER
 from beam_envelope.inventory import ShardEntry, list_shards
+from beam_envelope.io.manifest_reader import ManifestReader, check_shard_id
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.keys.provider import kms_calls
+from beam_envelope.keys.uri import open_keys
 from beam_envelope.transforms.file_work import FilesTransform
 from beam_envelope.transforms.plan import DecryptPlan, Task
 
@@ -96,10 +98,12 @@ def _run_job(
 
 
 def _cat(arguments: argparse.Namespace) -> int:
-    plan = DecryptPlan(os.devnull, "overwrite")
+    keys, context = open_keys(arguments.key), context_of(arguments)
+    plan = DecryptPlan(os.devnull, "overwrite", manifest=ManifestReader(arguments.manifest, keys, context))
     for task in [task for pattern in arguments.patterns for task in plan.tasks(pattern)]:
-        _, shard = open_shard_at(task.source, arguments.key, context_of(arguments))
+        key_file, shard = open_shard_at(task.source, keys, context)
         with shard:
+            check_shard_id(task.source, key_file, task.shard_id)
             shutil.copyfileobj(shard, sys.stdout.buffer, _COPY_BYTES)
     sys.stdout.buffer.flush()
     return 0

@@ -64,6 +64,7 @@ DATA_ERRORS: Final = (
     ContextMismatchError,
     FormatError,
     KeyFileMissingError,
+    ManifestError,
     NotEncryptedError,
     TamperedError,
     TruncatedError,

@@ -80,6 +80,7 @@ def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTa
             context=context,
             if_exists=arguments.if_exists,
             relative_to=arguments.relative_to,
+            manifest=arguments.manifest,
             **table_arguments.encrypt_settings(arguments),
         )
     return EncryptFiles(
@@ -91,6 +92,7 @@ def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTa
         compression=arguments.compression or "none",
         if_exists=arguments.if_exists,
         relative_to=arguments.relative_to,
+        manifest=arguments.manifest,
     )
 
 
@@ -101,6 +103,7 @@ def decrypt_transform(arguments: argparse.Namespace) -> DecryptTables | DecryptA
         "context": context_of(arguments),
         "if_exists": arguments.if_exists,
         "relative_to": arguments.relative_to,
+        "manifest": arguments.manifest,
     }
     tables = DecryptTables(arguments.output, **common, **table_arguments.decrypt_settings(arguments))
     return tables if arguments.cells else DecryptAny(DecryptFiles(arguments.output, **common), tables)
@@ -135,7 +138,9 @@ def _tell(failed: FailedFile) -> None:
 
 def verify_transform(arguments: argparse.Namespace) -> VerifyShards:
     """Return the transform that the arguments describe. Raises ValueError, FormatError."""
-    return VerifyShards(key=arguments.key, context=context_of(arguments), quick=arguments.quick)
+    return VerifyShards(
+        key=arguments.key, context=context_of(arguments), quick=arguments.quick, manifest=arguments.manifest
+    )
 
 
 def add_verification(pipeline: beam.Pipeline, arguments: argparse.Namespace, log: str | None) -> None:

@@ -24,11 +24,13 @@ class Settings:
         keys: to write, all of them wrap the data key; to read, any of them may open it.
         context: to write, and to be expected when reading.
         any_context: when reading, expect none in particular.
+        shard_id: when reading, the shard that a manifest lists, in hexadecimal digits; empty if none does.
     """
 
     keys: tuple[KeyProvider, ...]
     context: Mapping[str, str]
     any_context: bool = False
+    shard_id: str = ""
 
     @property
     def expected_context(self) -> Mapping[str, str] | AnyContext:

@@ -21,17 +21,15 @@ from beam_envelope import console, jobs
 from beam_envelope.console import printable
 from beam_envelope.errors import EnvelopeError
 from beam_envelope.io.store import store_of
-from beam_envelope.transforms.verify_plan import MANIFEST, RANGE_BYTES, UNFINISHED, find_files
+from beam_envelope.transforms.verify_find import find_files
+from beam_envelope.transforms.verify_plan import RANGE_BYTES, UNFINISHED
 
 MANY_ON_DISK: Final = 20_000
 MANY_ELSEWHERE: Final = 200
 """Below these numbers of files, starting worker processes takes longer than a quick look at them."""
 _AGAIN: Final = "by running it again"
 _SHOWN: Final = 20
-_NOTES: Final = {
-    UNFINISHED: "unfinished; delete it if no job is running",
-    MANIFEST: "not checked: this release knows no manifests",
-}
+_NOTES: Final = {UNFINISHED: "unfinished; delete it if no job is running"}
 
 
 class Outcome(NamedTuple):

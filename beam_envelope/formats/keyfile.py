@@ -113,6 +113,11 @@ class KeyFile:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
     derivation: Derivation | None = None
 
+    @property
+    def contexts(self) -> tuple[Mapping[str, str], ...]:
+        """The encryption context of each data key: one and the same."""
+        return (self.context,) * len(self.data_keys)
+
     def to_bytes(self) -> bytes:
         """Return the one encoding: JSON, two spaces of indentation, fields in this order, a newline at the end."""
         document = {

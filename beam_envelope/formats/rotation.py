@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from beam_envelope.errors import FormatError, TamperedError, WrongKeyError
 from beam_envelope.formats.keyfile import MAX_WRAPPED_KEYS, KeyFile, WrappedDataKey
+from beam_envelope.formats.manifest import Manifest
 from beam_envelope.keys.provider import KeyProvider, WrappedKey
+
+_Sealed = TypeVar("_Sealed", KeyFile, Manifest)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Rotator:
         self._names: dict[KeyProvider, str] = {}
         self._known: dict[tuple[KeyProvider, str, str], bool] = {}
 
-    def rotate(self, key_file: KeyFile, what: str) -> KeyFile:
-        """Return a key file with the new wrapped forms.
+    def rotate(self, key_file: _Sealed, what: str) -> _Sealed:
+        """Return a key file, or a manifest, with the new wrapped forms.
 
         Args:
             key_file: what is there.
@@ -96,12 +100,14 @@ class Rotator:
             As `plan` and `make`.
         """
         steps = self.plan(key_file, what)
-        return key_file.with_wrapped_keys([self.make(step, key_file.context) for step in steps])
+        pairs = zip(steps, key_file.contexts, strict=True)
+        return key_file.with_wrapped_keys([self.make(step, context) for step, context in pairs])
 
-    def plan(self, key_file: KeyFile, what: str) -> tuple[Step, ...]:
+    def plan(self, key_file: KeyFile | Manifest, what: str) -> tuple[Step, ...]:
         """Work out what is to be done with each data key; asks the KMS for the full names of keys only.
 
-        Of a Parquet file, which may have data keys under several KMS keys, those under others stay as they are.
+        Of a Parquet file or a manifest, which may have data keys under several KMS keys, those under others stay as
+        they are.
 
         Raises:
             WrongKeyError: no key of the rotation wrapped it, or no form that can be relied on would be left.

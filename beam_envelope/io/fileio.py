@@ -22,6 +22,8 @@ from apache_beam.options.value_provider import StaticValueProvider
 from beam_envelope.errors import EnvelopeError
 from beam_envelope.formats.keyfile import TEMPORARY_PREFIX
 from beam_envelope.io.filesystem import SettingsMimeType, inner_path, outer_path
+from beam_envelope.io.manifest import WrittenShard, shard_on_store
+from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
 from beam_envelope.keys.context import checked_context
 from beam_envelope.keys.uri import Key, open_keys
@@ -39,6 +41,8 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
         context: the encryption context, or a function of the destination that returns it.
         sink: a `fileio.FileSink`, its class, or a function of the destination that makes one. An instance must be
             copyable: each file gets a copy, arguments and all.
+        manifest: list the shards of a bounded input in the manifest at or above `path`, each destination's under its
+            own keys and a data key of its own; a new one is made where there is none. Results come when that is done.
         destination, file_naming, shards, max_writers_per_bundle: as WriteToFiles. Beam sends the records of
             destinations beyond `max_writers_per_bundle` through its shuffle, as plaintext.
 
@@ -60,6 +64,7 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
         context: Mapping[str, str] | Callable[[str], Mapping[str, str]] | None = None,
         sink: Any = None,
         destination: Any = None,
+        manifest: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -67,6 +72,7 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
             msg = "WriteEncryptedFiles chooses its own temporary folder, inside path, so that no plaintext leaves it"
             raise TypeError(msg)
         self._path = outer_path(inner_path(path)).rstrip("/")
+        self._lists = manifest
         self._settings_of = _SettingsOf(key, context)
         temporary = FileSystems.join(self._path, TEMPORARY_PREFIX + uuid.uuid4().hex)
         self._temporary = temporary
@@ -83,7 +89,12 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
         results: beam.PCollection[Any] = (
             elements | "Write" >> self._write | "Check" >> beam.ParDo(_CheckDoFn(self._path, self._temporary))
         )
-        return results
+        if not self._lists or not results.is_bounded:
+            return results
+        # What Beam moved in one bundle is looked at by many.
+        spread = results | "Spread" >> beam.Reshuffle()
+        folder = f"{inner_path(self._path)}/"
+        return spread | "Manifest" >> WithManifest(folder, _Listed(self._settings_of))
 
     def display_data(self) -> dict[str, Any]:
         """Describe the settings."""
@@ -105,6 +116,16 @@ class _SettingsOf:
     def describe(self) -> dict[str, str]:
         key = "by destination" if callable(self._key) else ", ".join(map(str, self._key))
         return {"key": key, "context": "by destination" if callable(self._context) else ", ".join(self._context)}
+
+
+class _Listed:
+    """What the manifest says of the shard of a result."""
+
+    def __init__(self, settings_of: _SettingsOf) -> None:
+        self._settings_of = settings_of
+
+    def __call__(self, result: Any) -> tuple[WrittenShard, Settings]:
+        return shard_on_store(result.file_name), self._settings_of(result.destination)
 
 
 class _SinkOf:

@@ -16,10 +16,11 @@ from apache_beam.io.filesystem import BeamIOError, CompressedFile, CompressionTy
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 
-from beam_envelope.errors import FormatError, TruncatedError
+from beam_envelope.errors import FormatError, ManifestError, TruncatedError
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, is_internal
 from beam_envelope.formats.shard_layout import plaintext_size
 from beam_envelope.formats.shard_writer import ShardWriter
+from beam_envelope.io.manifest_reader import check_shard_id
 from beam_envelope.io.options import Settings, current_settings
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import LocalStore, key_file_path, quote_glob, read_small, store_of
@@ -134,6 +135,11 @@ class EnvelopeFileSystem(FileSystem):
         """Open a shard for reading. Raises as `beam_envelope.open_shard`."""
         settings = current_settings(self._options)
         key_file, shard = open_shard_at(inner_path(path), settings.keys, settings.expected_context)
+        try:
+            check_shard_id(path, key_file, settings.shard_id)
+        except ManifestError:
+            shard.close()
+            raise
         if key_file.compression != "none":
             shard.close()
             msg = (

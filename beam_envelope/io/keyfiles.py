@@ -18,6 +18,7 @@ from beam_envelope.errors import EnvelopeError
 from beam_envelope.formats.keyfile import (
     KEY_FILE_PREFIX,
     KEY_FILE_SUFFIX,
+    MANIFEST_NAME,
     MAX_KEY_FILE_BYTES,
     TEMPORARY_PREFIX,
     is_key_file,
@@ -37,18 +38,18 @@ from beam_envelope.io.store import (
 
 _JSON: Final = "application/json"
 _MAGIC: Final = re.compile(r"[*?\[]")
-_ANY_KEY_FILE: Final = f"{KEY_FILE_PREFIX}*{KEY_FILE_SUFFIX}"
+_ANY_KEY_FILE: Final = "_*.json"  # of key files and manifests
 
 
 class KeyFileReplacedError(EnvelopeError):
     """Somebody else replaced a key file since it was read. Read it again."""
 
 
-def find_key_files(pattern: str) -> list[str]:
+def find_key_files(pattern: str, *, manifests: bool = False) -> list[str]:
     """Return the key files that a user names, in order: by a glob, a folder, a shard or a key file.
 
     A glob finds a key file if it matches the key file or the shard beside it. Only names are looked at: what the key
-    files belong to may be unreadable, or somewhere else.
+    files belong to may be unreadable, or somewhere else. With `manifests`, those that match are among them.
 
     Raises:
         FileNotFoundError: nothing matches.
@@ -56,7 +57,7 @@ def find_key_files(pattern: str) -> list[str]:
     """
     store, name = store_of(pattern), split_path(pattern)[1]
     literal = not _MAGIC.search(pattern)
-    if literal and is_key_file(name):
+    if literal and (is_key_file(name) or (manifests and name == MANIFEST_NAME)):
         return [pattern]
     if name and store.is_folder(pattern):
         pattern = f"{pattern}/"
@@ -71,7 +72,7 @@ def find_key_files(pattern: str) -> list[str]:
         glob = f"{quote_glob(fixed)}**{_ANY_KEY_FILE}" if deep else split_path(pattern)[0] + _ANY_KEY_FILE
         wanted = _compiled(pattern)
     found = [metadata.path for metadata in store.match(glob)]
-    found = [path for path in found if is_key_file(split_path(path)[1]) and _is_wanted(path, wanted)]
+    found = [path for path in found if _is_wanted(path, wanted, manifests=manifests)]
     if not found:
         msg = "no key file is there; quote a pattern so that the shell leaves it alone, and use ** for sub-folders"
         raise FileNotFoundError(errno.ENOENT, msg, pattern)
@@ -121,8 +122,10 @@ def _compiled(glob: str) -> re.Pattern[str]:
     return re.compile(FileSystem.translate_pattern(glob).replace("[[]", r"\["))
 
 
-def _is_wanted(path: str, wanted: re.Pattern[str]) -> bool:
+def _is_wanted(path: str, wanted: re.Pattern[str], *, manifests: bool) -> bool:
     folder, name = split_path(path)
+    if not is_key_file(name):
+        return manifests and name == MANIFEST_NAME and wanted.match(path) is not None
     shard = folder + name.removeprefix(KEY_FILE_PREFIX).removesuffix(KEY_FILE_SUFFIX)
     return wanted.match(path) is not None or wanted.match(shard) is not None
 

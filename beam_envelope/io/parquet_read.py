@@ -12,11 +12,12 @@ import pyarrow as pa
 from apache_beam import typehints
 from apache_beam.io.filesystems import FileSystems
 
-from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, is_internal
+from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, KeyFile, is_internal
 from beam_envelope.formats.parquet import missing_parquet_key_file, open_sealed_parquet
 from beam_envelope.formats.parquet_reader import EncryptedParquetReader, Filter, OnDenied
 from beam_envelope.formats.shard_layout import HEADER_BYTES
 from beam_envelope.io.filesystem import PREFIX
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
 from beam_envelope.io.parquet_rows import row_type, to_rows
 from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_glob, store_of
 from beam_envelope.keys.context import AnyContext, checked_context
@@ -34,8 +35,14 @@ def open_parquet_at(
     context: Mapping[str, str] | AnyContext | None,
     *,
     on_denied: OnDenied = "error",
+    shard_id: str = "",
 ) -> EncryptedParquetReader:
-    """Open an encrypted Parquet file on any Beam filesystem. Raises as `open_parquet`."""
+    """Open an encrypted Parquet file on any Beam filesystem.
+
+    Raises:
+        ManifestError: it is not the one with the `shard_id` that a manifest lists.
+        As `open_parquet`.
+    """
     store = store_of(path)
     stream = pa.OSFile(path) if isinstance(store, LocalStore) else store.open(path)
     try:
@@ -43,14 +50,19 @@ def open_parquet_at(
             raw = read_small(key_file_path(path), MAX_KEY_FILE_BYTES + 1)
         except FileNotFoundError:
             raise missing_parquet_key_file(path, stream.read(HEADER_BYTES)) from None
+        if shard_id:
+            check_shard_id(path, KeyFile.from_bytes(raw, f"the key file of {path}"), shard_id)
         return open_sealed_parquet(stream, raw, open_keys(key), context, path, on_denied=on_denied, own=True)
     except BaseException:
         stream.close()
         raise
 
 
-def find_parquet(pattern: str) -> list[str]:
-    """Return the files that a pattern, path or folder names; key files and unfinished files are passed over.
+def find_parquet(pattern: str) -> tuple[str, list[str]]:
+    """Find the files that a pattern, path or folder names; key files and unfinished files are passed over.
+
+    Returns:
+        A glob for what the user named, and the files.
 
     Raises:
         FileNotFoundError: there is none.
@@ -62,7 +74,7 @@ def find_parquet(pattern: str) -> list[str]:
     files = [path for path in paths if not any(map(is_internal, path[below:].split("/")))]
     if not files:
         raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no Parquet file", pattern)
-    return files
+    return glob, files
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class ReadSettings:
     batch_rows: int
     with_filename: bool
     validate: bool
+    manifest: ManifestReader
 
     @classmethod
     def of(
@@ -90,6 +103,7 @@ class ReadSettings:
         batch_rows: int = _BATCH_ROWS,
         with_filename: bool = False,
         validate: bool = True,
+        manifest: ManifestMode = "use",
     ) -> ReadSettings:
         """Check the arguments that all readers have. Raises ValueError, TypeError, FormatError."""
         if isinstance(columns, str):
@@ -100,20 +114,28 @@ class ReadSettings:
             raise ValueError(f"batch_rows is above 0, not {batch_rows}")
         expected = context if isinstance(context, AnyContext) else checked_context(context)
         chosen = None if columns is None else tuple(columns)
-        return cls(open_keys(key), expected, chosen, filter, on_denied, batch_rows, with_filename, validate)
+        keys = open_keys(key)
+        listed = ManifestReader(checked_mode(manifest), keys, expected)
+        return cls(keys, expected, chosen, filter, on_denied, batch_rows, with_filename, validate, listed)
 
-    def open(self, path: str) -> EncryptedParquetReader:
-        """Open a file. Raises as `open_parquet`."""
-        return open_parquet_at(path, self.keys, self.context, on_denied=self.on_denied)
+    def open(self, path: str, shard_id: str = "") -> EncryptedParquetReader:
+        """Open a file. Raises as `open_parquet_at`."""
+        return open_parquet_at(path, self.keys, self.context, on_denied=self.on_denied, shard_id=shard_id)
 
-    def find(self, pattern: str) -> list[str]:
-        """Return the files. Raises as `find_parquet`, but for FileNotFoundError without `validate`."""
+    def find(self, pattern: str) -> tuple[str, list[str]]:
+        """Return a glob and the files. Raises as `find_parquet`, but for FileNotFoundError without `validate`."""
         try:
             return find_parquet(pattern)
         except FileNotFoundError:
             if self.validate:
                 raise
-            return []
+            return pattern, []
+
+    def find_listed(self, pattern: str) -> list[tuple[str, str]]:
+        """Return the files, each with the shard id that a manifest lists, or "". Raises as `ManifestReader.check`."""
+        glob, paths = self.find(pattern)
+        shard_ids = self.manifest.check(glob, paths)
+        return [(path, shard_ids.get(path, "")) for path in paths]
 
     def schema(self, path: str) -> pa.Schema:
         """Return the schema of what is read of a file. Raises as `open_parquet`, and for denied columns."""
@@ -149,7 +171,7 @@ class _Read(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Any]"]):
             output_type = typehints.Tuple[str, output_type]
         elements: beam.PCollection[Any] = (
             patterns
-            | "Match" >> beam.FlatMap(self._settings.find).with_output_types(str)
+            | "Match" >> beam.FlatMap(self._settings.find_listed).with_output_types(tuple[str, str])
             | "Spread files" >> beam.Reshuffle()
             | "Split" >> beam.ParDo(_SplitDoFn(self._settings))
             | "Spread ranges" >> beam.Reshuffle()
@@ -158,36 +180,37 @@ class _Read(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Any]"]):
         return elements
 
 
-@typehints.with_input_types(str)
-@typehints.with_output_types(tuple[str, int, int])
+@typehints.with_input_types(tuple[str, str])
+@typehints.with_output_types(tuple[str, str, int, int])
 class _SplitDoFn(beam.DoFn):
     """Cuts a file into ranges of row groups, of about a million rows each."""
 
     def __init__(self, settings: ReadSettings) -> None:
         self._settings = settings
 
-    def process(self, path: str) -> Iterator[tuple[str, int, int]]:
-        with Progress(), self._settings.open(path) as reader:
+    def process(self, element: tuple[str, str]) -> Iterator[tuple[str, str, int, int]]:
+        path, shard_id = element
+        with Progress(), self._settings.open(path, shard_id) as reader:
             groups, rows = reader.num_row_groups, reader.num_rows
         FileSystems.report_source_lineage(path)
         step = max(1, groups * _RANGE_ROWS // max(1, rows))
         for start in range(0, groups, step):
-            yield path, start, min(start + step, groups)
+            yield path, shard_id, start, min(start + step, groups)
 
 
-@typehints.with_input_types(tuple[str, int, int])
+@typehints.with_input_types(tuple[str, str, int, int])
 class _ReadDoFn(beam.DoFn):
     """Reads a range of row groups."""
 
     def __init__(self, settings: ReadSettings, kind: _As) -> None:
         self._settings, self._kind = settings, kind
 
-    def process(self, element: tuple[str, int, int]) -> Iterator[Any]:
-        path, start, end = element
+    def process(self, element: tuple[str, str, int, int]) -> Iterator[Any]:
+        path, shard_id, start, end = element
         settings = self._settings
         # The calls to the KMS are counted before anything is passed on: steps behind this one count their own.
         with Progress():
-            reader = settings.open(path)
+            reader = settings.open(path, shard_id)
         with reader:
             with Progress():
                 batches = reader.iter_batches(range(start, end), settings.columns, settings.batch_rows, settings.filter)
@@ -297,6 +320,8 @@ class ReadEncryptedParquet(beam.PTransform["beam.pvalue.PBegin", "beam.PCollecti
         batch_rows: how many rows are decoded at once.
         with_filename: give pairs of a file's path and a row.
         validate: fail if no file matches, at once and on the worker.
+        manifest: "use": where a manifest is at or above the files, it has to list them; "require": there has to be one;
+            "ignore" it.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form.
@@ -313,7 +338,7 @@ class ReadEncryptedParquet(beam.PTransform["beam.pvalue.PBegin", "beam.PCollecti
         super().__init__()
         self._pattern = _checked_pattern(pattern)
         reads = ReadSettings.of(**settings)
-        found = reads.find(pattern)
+        _, found = reads.find(pattern)
         if as_rows and schema is None:
             if not found:
                 raise ValueError(f"as_rows needs schema=, since no file matches {pattern} yet")

@@ -19,9 +19,13 @@ from apache_beam.transforms import window
 from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_envelope.formats.keyfile import TEMPORARY_PREFIX, is_internal
+from beam_envelope.formats.manifest import ManifestEntry
 from beam_envelope.formats.parquet_columns import leaf_paths
 from beam_envelope.formats.parquet_keys import ColumnKeys
 from beam_envelope.io.filesystem import PREFIX
+from beam_envelope.io.manifest import WrittenShard
+from beam_envelope.io.manifest_write import WithManifest
+from beam_envelope.io.options import Settings
 from beam_envelope.io.parquet_bundle import (
     BundleKeys,
     BundleWriter,
@@ -76,6 +80,8 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
             are. "" means one file (`num_shards` is 1 then).
         policy: when to ask the KMS for new data keys; default: once in a bundle, for an unbounded input once in ten
             minutes on each worker.
+        manifest: list the files of a bounded input in the manifest at or above their folder, under a data key of its
+            own; a new one is made where there is none. The results come when that is done.
         **writer_options: any of those that `create_parquet` takes.
 
     Raises:
@@ -104,6 +110,7 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         file_name_suffix: str = ".parquet",
         shard_name_template: str = _TEMPLATE,
         policy: DataKeyPolicy | None = None,
+        manifest: bool = True,
         **writer_options: Any,
     ) -> None:
         """Check the arguments; nothing is called yet."""
@@ -119,6 +126,7 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
             raise ValueError(f"shard_name_template has an S, for the file's number; {shard_name_template!r} has none")
         self._prefix = _checked_prefix(prefix)
         self._template, self._num_shards, self._policy = shard_name_template, num_shards, policy
+        self._lists = manifest
         self._settings = FileSettings(
             ColumnKeys.of(key, columns),
             checked_context(context),
@@ -168,6 +176,9 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         files = self._publish(named)
         moved = files | "Moved" >> beam.Map(_pair_nothing).with_output_types(tuple[None, list[EncryptedParquetFile]])
         _ = moved | "All moved" >> beam.GroupByKey() | "Clean" >> beam.Map(_clean, folder).with_output_types(None)
+        if self._lists:
+            of_footer = Settings(settings.column_keys.groups[0], settings.context)
+            return files | "Manifest" >> WithManifest(split_path(self._prefix)[0], _Listed(of_footer))
         return files
 
     @staticmethod
@@ -323,6 +334,17 @@ class _NameDoFn(beam.DoFn):
             return [file.close("") for file in files]
         finally:
             keys.close()
+
+
+class _Listed:
+    """What the manifest says of a file; its section is under the keys of the footer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __call__(self, file: EncryptedParquetFile) -> tuple[WrittenShard, Settings]:
+        entry = ManifestEntry(file.shard_id, file.stored_bytes, records=file.rows)
+        return WrittenShard(file.path, entry), self._settings
 
 
 def _clean(_moved: Any, folder: str) -> None:

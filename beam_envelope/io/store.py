@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -81,9 +81,19 @@ def key_file_path(path: str) -> str:
 
 def finds(pattern: str, path: str) -> bool:
     """Whether a glob would find a path, also one that names the same place otherwise (`./a`, `/here/a`, by a link)."""
+    return glob_matcher(pattern)(same_place(path))
+
+
+def glob_matcher(pattern: str) -> Callable[[str], bool]:
+    """Return what tells whether a glob finds a place, as `same_place` names it."""
     folder, rest = split_glob(pattern)
-    below, path = same_place(folder), same_place(path)
-    return path.startswith(below) and _compiled(rest).match(path[len(below) :]) is not None
+    below, compiled = same_place(folder), _compiled(rest)
+    return lambda place: place.startswith(below) and compiled.match(place[len(below) :]) is not None
+
+
+def literal_path(pattern: str) -> str | None:
+    """Return the one path that a glob can find, or None if it has a wildcard."""
+    return None if _GLOB.fullmatch(pattern) is None else _QUOTED.sub(r"\1", pattern)
 
 
 def same_place(path: str) -> str:

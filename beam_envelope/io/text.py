@@ -6,7 +6,9 @@ pipeline can have two datasets under two keys.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +16,14 @@ import apache_beam as beam
 from apache_beam.io import textio
 from apache_beam.io.filebasedsource import ReadAllFiles
 
+from beam_envelope.formats.keyfile import KeyFile, is_internal
 from beam_envelope.io.filesystem import inner_path, outer_path
+from beam_envelope.io.keyfiles import read_key_file
+from beam_envelope.io.manifest import WrittenShard, shard_on_store
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
+from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings, use_settings
+from beam_envelope.io.store import expand, key_file_path, split_path
 from beam_envelope.keys.context import AnyContext, checked_context
 from beam_envelope.keys.uri import Key, open_keys
 
@@ -32,6 +40,8 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         context: the encryption context, which a reader has to give again. Nothing secret.
         **options: all else that WriteToText takes: file_name_suffix, num_shards, shard_name_template, header,
             compression_type, max_records_per_shard, max_bytes_per_shard, triggering_frequency, ...
+        manifest: list the shards of a bounded input in the manifest at or above their folder, under a data key of its
+            own; a new one is made where there is none. The paths come when that is done.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form.
@@ -46,9 +56,11 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         *,
         key: Key | Sequence[Key],
         context: Mapping[str, str] | None = None,
+        manifest: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
+        self._folder = split_path(inner_path(file_path_prefix))[0] if manifest else None
         self._settings = Settings(open_keys(key), checked_context(context))
         self._write = textio.WriteToText(_enveloped(file_path_prefix), **options)
         self._write._sink = _carry(self._write._sink, _TextSink, self._settings)  # noqa: SLF001  # where WriteToText has it
@@ -58,7 +70,11 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         paths: beam.PCollection[str] = (
             lines | "Write" >> self._write | "Paths" >> beam.Map(inner_path).with_output_types(str)
         )
-        return paths
+        if self._folder is None or not paths.is_bounded:
+            return paths
+        # Beam names all of them in one bundle, and each is looked at.
+        spread = paths | "Spread" >> beam.Reshuffle()
+        return spread | "Manifest" >> WithManifest(self._folder, _ListedShard(self._settings))
 
     def display_data(self) -> dict[str, Any]:
         """Describe the settings; the context's values are not shown."""
@@ -73,6 +89,8 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
         key: the KMS key, as URI or provider, or several, any of which may open a shard.
         context: the encryption context that the shards were written with, or `ANY_CONTEXT`.
         with_filename: give pairs of a shard's path and a line.
+        manifest: "use": where a manifest is at or above the shards, it has to list them; "require": there has to be
+            one; "ignore" it.
         **options: all else that ReadFromText takes: strip_trailing_newlines, skip_header_lines, coder, delimiter, ...
 
     Raises:
@@ -90,6 +108,7 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
         key: Key | Sequence[Key],
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
+        manifest: ManifestMode = "use",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -99,7 +118,9 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
             _enveloped(file_pattern), **options
         )
         kind = _TextSourceWithFilename if with_filename else _TextSource
-        self._read._source = _carry(self._read._source, kind, self._settings)  # noqa: SLF001  # where ReadFromText has it
+        source = _carry(self._read._source, kind, self._settings)  # noqa: SLF001  # where ReadFromText has it
+        source.envelope_manifest = _manifest_reader(manifest, self._settings)
+        self._read._source = source  # noqa: SLF001
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Any]:
         """Return the lines, or pairs of path and line."""
@@ -114,7 +135,7 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
     """Reads the lines of the encrypted shards that a PCollection of paths or patterns names.
 
     Args:
-        key, context, with_filename: as `ReadEncryptedText`.
+        key, context, with_filename, manifest: as `ReadEncryptedText`.
         **options: all else that Beam's ReadAllFromText takes: desired_bundle_size, min_bundle_size, ...
     """
 
@@ -124,10 +145,12 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
         key: Key | Sequence[Key],
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
+        manifest: ManifestMode = "use",
         **options: Any,
     ) -> None:
         super().__init__()
         self._settings = _reader_settings(key, context)
+        self._manifest = _manifest_reader(manifest, self._settings)
         self._with_filename = with_filename
         beams = textio.ReadAllFromText(with_filename=with_filename, **options)
         self._read = ReadAllFiles(
@@ -141,7 +164,8 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
 
     def expand(self, paths: beam.PCollection[str]) -> beam.PCollection[Any]:
         """Return the lines, or pairs of path and line."""
-        enveloped = paths | "Envelope" >> beam.Map(_enveloped).with_output_types(str)
+        checked = paths | "Manifest" >> beam.Map(_checked, self._manifest).with_output_types(str)
+        enveloped = checked | "Envelope" >> beam.Map(_enveloped).with_output_types(str)
         return _with_inner_paths(enveloped | "Read" >> self._read, self._with_filename)
 
     def display_data(self) -> dict[str, Any]:
@@ -164,9 +188,22 @@ class _TextSink(textio._TextSink):  # noqa: SLF001  # Beam's text sink has no pu
 
 
 class _TextSource(textio._TextSource):  # noqa: SLF001  # Beam's text source has no public name
-    """Beam's text source, whose files are opened under settings of its own."""
+    """Beam's text source, whose files are opened under settings of its own, each as the shard that a manifest lists."""
 
     envelope_settings: Settings
+    envelope_manifest: ManifestReader | None = None
+
+    def _get_concat_source(self) -> Any:
+        new = self._concat_source is None
+        concat = super()._get_concat_source()
+        if new and self.envelope_manifest is not None:
+            shard_ids = _find_listed(inner_path(self._pattern.get()), self.envelope_manifest)
+            for source in concat.sources:
+                of_file = copy.copy(source._file_based_source)  # noqa: SLF001  # Beam's, of which each is pickled alone
+                shard_id = shard_ids.get(inner_path(source._file_name), "")  # noqa: SLF001
+                of_file.envelope_settings = replace(self.envelope_settings, shard_id=shard_id)
+                source._file_based_source = of_file  # noqa: SLF001
+        return concat
 
     def open_file(self, file_name: str) -> Any:
         with use_settings(self.envelope_settings):
@@ -183,6 +220,37 @@ def _carry(of_beam: Any, kind: type, settings: Settings) -> Any:
     ours.__dict__.update(of_beam.__dict__)
     ours.envelope_settings = settings
     return ours
+
+
+class _ListedShard:
+    """What the manifest says of the shard at a path."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __call__(self, path: str) -> tuple[WrittenShard, Settings]:
+        return shard_on_store(path), self._settings
+
+
+def _manifest_reader(mode: ManifestMode, settings: Settings) -> ManifestReader:
+    return ManifestReader(checked_mode(mode), settings.keys, settings.expected_context)
+
+
+def _find_listed(pattern: str, manifest: ManifestReader) -> Mapping[str, str]:
+    """Return the shards that a pattern finds and a manifest lists, with their ids. Raises as `ManifestReader.check`."""
+    try:
+        glob, found = expand(pattern)
+    except FileNotFoundError:  # Beam tells of it, unless nobody wants to know
+        return manifest.check(pattern, [])
+    return manifest.check(glob, [shard.path for shard in found if not is_internal(split_path(shard.path)[1])])
+
+
+def _checked(pattern: str, manifest: ManifestReader) -> str:
+    """Look at the key files of listed shards now: Beam passes nothing but paths on to where they are opened."""
+    for path, shard_id in _find_listed(inner_path(pattern), manifest).items():
+        key_file = KeyFile.from_bytes(read_key_file(key_file_path(path)), f"the key file of {path}")
+        check_shard_id(path, key_file, shard_id)
+    return pattern
 
 
 def _source_of(make: Callable[[str], Any], settings: Settings, file_name: str) -> _TextSource:

@@ -10,7 +10,10 @@ import apache_beam as beam
 from apache_beam import typehints
 from apache_beam.io.filesystem import FileMetadata
 
-from beam_envelope.errors import DATA_ERRORS
+from beam_envelope.errors import DATA_ERRORS, ManifestError
+from beam_envelope.io.manifest import WrittenShard
+from beam_envelope.io.manifest_write import WithManifest
+from beam_envelope.io.options import Settings
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
 
@@ -25,6 +28,7 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
     Attributes:
         plan: which file becomes which.
         work: what is done to each.
+        lists: whether the results go into the manifest of the output folder.
     """
 
     def __init__(self, plan: EncryptPlan | DecryptPlan, work: FileDoFn) -> None:
@@ -32,6 +36,7 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
         super().__init__()
         self.plan = plan
         self.work = work
+        self.lists = False
         self._handler: Any = None
 
     def with_error_handler(self, handler: Any) -> FilesTransform:  # Beam's ErrorHandler, or None
@@ -52,6 +57,8 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
         done, undone = self._apply(self.work.label, self.work.catching(catch=catch), grouped)
         if catch:
             self._handler.add_error_pcollection((unplanned, undone) | "Failed" >> beam.Flatten())
+        if self.lists:
+            return done | "Manifest" >> WithManifest(self.plan.output, self.work.listed)
         return done
 
     def _apply(self, label: str, dofn: beam.DoFn, elements: beam.PCollection[Any]) -> tuple[beam.PCollection[Any], Any]:
@@ -72,9 +79,12 @@ class _PlanDoFn(beam.DoFn):
         self._plan, self._catch = plan, catch
 
     def process(self, source: str | FileMetadata) -> Iterator[Any]:
+        failures: dict[str, ManifestError] | None = {} if self._catch else None
         try:
-            for task in self._plan.tasks(source):
+            for task in self._plan.tasks(source, failures):
                 yield task.target, task
+            for path, failure in (failures or {}).items():
+                yield beam.pvalue.TaggedOutput("failed", _failed(path, failure))
         except _DEAD_LETTERS as error:
             if not self._catch:
                 raise
@@ -124,6 +134,10 @@ class FileDoFn(beam.DoFn, abc.ABC):
     @abc.abstractmethod
     def do(self, task: Task, progress: Progress) -> Any:
         """Do one task; return what the transform says of it."""
+
+    def listed(self, result: Any) -> tuple[WrittenShard, Settings]:
+        """Return what the manifest says of a result of `do`, and under which keys and context; writers only."""
+        raise TypeError(f"{type(self).__name__} writes nothing that a manifest lists: {type(result).__name__}")
 
 
 def _failed(source: str, error: Exception) -> FailedFile:

@@ -13,9 +13,13 @@ from beam_envelope.errors import (
     TruncatedError,
 )
 from beam_envelope.formats.keyfile import COMPRESSIONS, MAX_KEY_FILE_BYTES, KeyFile
+from beam_envelope.formats.manifest import ManifestEntry
 from beam_envelope.formats.output import Output
 from beam_envelope.formats.shard_layout import plaintext_size, shard_size
 from beam_envelope.formats.shard_writer import ShardWriter
+from beam_envelope.io.manifest import WrittenShard
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
+from beam_envelope.io.options import Settings
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
@@ -56,6 +60,8 @@ class EncryptFiles(FilesTransform):
         if_exists: what to do when a shard exists: "error", "skip" it if it is whole, or "overwrite" it.
         policy: when to ask the KMS for a new data key.
         relative_to: keep paths relative to this folder instead.
+        manifest: list the shards in the manifest at or above `output`, under a data key of its own; a new one is made
+            where there is none. Results come when that is done.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `EncryptPlan` and
@@ -78,6 +84,7 @@ class EncryptFiles(FilesTransform):
         if_exists: IfExists = "error",
         policy: DataKeyPolicy | None = None,
         relative_to: str | None = None,
+        manifest: bool = True,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         if header_lines < 0 or (header_lines and split_lines is None):
@@ -96,6 +103,7 @@ class EncryptFiles(FilesTransform):
             open_keys(key), checked_context(context), compression, if_exists, header_lines, policy or DataKeyPolicy()
         )
         super().__init__(plan, work)
+        self.lists = manifest
 
 
 class DecryptFiles(FilesTransform):
@@ -110,6 +118,8 @@ class DecryptFiles(FilesTransform):
         context: the encryption context that the shards were written with, or `ANY_CONTEXT`.
         if_exists: what to do when a file exists: "error", "skip" it if it has the right size, or "overwrite" it.
         relative_to: keep paths relative to this folder instead of the fixed part of the pattern.
+        manifest: "use": where a manifest is at or above the shards, it has to list them; "require": there has to be
+            one; "ignore" it.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `DecryptPlan` and
@@ -128,13 +138,18 @@ class DecryptFiles(FilesTransform):
         context: Mapping[str, str] | AnyContext | None = None,
         if_exists: IfExists = "error",
         relative_to: str | None = None,
+        manifest: ManifestMode = "use",
     ) -> None:
         """Check the arguments; nothing is called yet."""
-        plan = DecryptPlan(
-            as_folder(output), checked_if_exists(if_exists), None if relative_to is None else as_folder(relative_to)
-        )
+        keys = open_keys(key)
         expected = context if isinstance(context, AnyContext) else checked_context(context)
-        super().__init__(plan, ShardReaderDoFn(open_keys(key), expected, if_exists))
+        plan = DecryptPlan(
+            as_folder(output),
+            checked_if_exists(if_exists),
+            None if relative_to is None else as_folder(relative_to),
+            ManifestReader(checked_mode(manifest), keys, expected),
+        )
+        super().__init__(plan, ShardReaderDoFn(keys, expected, if_exists))
 
 
 @typehints.with_output_types(EncryptedFile)
@@ -225,7 +240,13 @@ class _EncryptDoFn(FileDoFn):
             writer.ciphertext_bytes,
             writer.key_file.data_keys[0].key_id.hex(),
             skipped=False,
+            shard_id=writer.key_file.shard_id.hex,
         )
+
+    def listed(self, result: EncryptedFile) -> tuple[WrittenShard, Settings]:
+        # How much is in a compressed shard that was there already is known of its source only.
+        entry = ManifestEntry(result.shard_id, result.ciphertext_bytes, result.plaintext_bytes)
+        return WrittenShard(result.shard, entry, not result.skipped), Settings(self._keys, self._context)
 
     def _finished(self, task: Task, plaintext_bytes: int) -> EncryptedFile | None:
         """Return what is there, if it is whole: a key file of this dataset and a shard of the right size beside it.
@@ -258,6 +279,7 @@ class _EncryptDoFn(FileDoFn):
             size,
             key_file.data_keys[0].key_id.hex(),
             skipped=True,
+            shard_id=key_file.shard_id.hex,
         )
 
 
@@ -280,8 +302,9 @@ class ShardReaderDoFn(FileDoFn):
 
     def check(self, task: Task) -> None:
         """Open a shard."""
-        _, shard = open_shard_at(task.source, self._keys, self._context)
+        key_file, shard = open_shard_at(task.source, self._keys, self._context)
         shard.close()
+        check_shard_id(task.source, key_file, task.shard_id)
 
     def do(self, task: Task, progress: Progress) -> DecryptedFile:
         """Decrypt one shard."""
@@ -291,6 +314,7 @@ class ShardReaderDoFn(FileDoFn):
         """Do one task whose key file may have been read already."""
         key_file, shard = open_shard_at(task.source, self._keys, self._context, raw_key_file)
         with shard:
+            check_shard_id(task.source, key_file, task.shard_id)
             key_id = key_file.data_keys[0].key_id.hex()
             existing = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
             if existing is not None and (

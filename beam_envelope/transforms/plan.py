@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -11,8 +11,10 @@ from apache_beam import coders
 from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope.arguments import IF_EXISTS
+from beam_envelope.errors import ManifestError
 from beam_envelope.formats.keyfile import is_internal
 from beam_envelope.formats.shard import refuse_encrypted
+from beam_envelope.io.manifest_reader import ManifestReader
 from beam_envelope.io.store import (
     existing,
     expand,
@@ -30,7 +32,7 @@ _COMPRESSED_NAMES: Final = (".gz", ".bz2", ".zst", ".xz", ".zip", ".parquet", ".
 
 
 class EncryptedFile(NamedTuple):
-    """What EncryptFiles says of each shard; `skipped` if it was there already."""
+    """What EncryptFiles says of each shard; `skipped` if it was there already, `shard_id` as its key file has it."""
 
     source: str
     shard: str
@@ -39,6 +41,7 @@ class EncryptedFile(NamedTuple):
     ciphertext_bytes: int
     key_id: str
     skipped: bool
+    shard_id: str = ""
 
 
 class DecryptedFile(NamedTuple):
@@ -61,13 +64,17 @@ class FailedFile(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One file, or part of a file, to read, and where the result goes."""
+    """One file, or part of a file, to read, and where the result goes.
+
+    A shard that a manifest lists comes with the `shard_id` that it has to have, as hexadecimal digits.
+    """
 
     source: str
     size: int
     target: str
     start: int
     end: int
+    shard_id: str = ""
 
 
 for _row in (EncryptedFile, DecryptedFile, FailedFile):
@@ -83,8 +90,8 @@ class EncryptPlan:
     part_bytes: int | None = None
     relative_to: str | None = None
 
-    def tasks(self, source: str | FileMetadata) -> list[Task]:
-        """Return the tasks of a file, folder, or glob.
+    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> list[Task]:
+        """Return the tasks of a file, folder, or glob. There are no `failures`: no manifest lists plain files.
 
         Raises:
             FileNotFoundError: nothing matches.
@@ -93,6 +100,7 @@ class EncryptPlan:
             ValueError: a shard would be found by the pattern that found its source, or a name cannot be kept.
             OSError: from the store.
         """
+        del failures
         pattern, found = _found(source)
         base = self.relative_to or split_glob(pattern)[0]
         key_files = existing([key_file_path(metadata.path) for metadata in found], split_glob(pattern)[0])
@@ -145,12 +153,18 @@ class DecryptPlan:
     output: str
     if_exists: IfExists = "error"
     relative_to: str | None = None
+    manifest: ManifestReader | None = None
 
-    def tasks(self, source: str | FileMetadata) -> list[Task]:
+    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> list[Task]:
         """Return a task for each shard of a glob or folder; key files and unfinished files are left out.
+
+        Args:
+            source: what the user named.
+            failures: takes what the manifest says against single shards, by their paths, instead of raising it.
 
         Raises:
             FileNotFoundError: no shard matches.
+            ManifestError, and what else `ManifestReader.check` raises.
             FileExistsError: an output exists, and `if_exists` is "error".
             ValueError: an output would be its own shard.
             OSError: from the store.
@@ -160,13 +174,19 @@ class DecryptPlan:
         shards = [metadata for metadata in found if not is_internal(split_path(metadata.path)[1])]
         if not shards:
             raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no shard", pattern)
+        shard_ids: Mapping[str, str] = {}
+        if self.manifest is not None:
+            shard_ids = self.manifest.check(pattern, [shard.path for shard in shards], failures)
         tasks: list[Task] = []
         for metadata in shards:
+            if failures and metadata.path in failures:
+                continue
             target = _below(self.output, base, metadata.path)
             if same_place(target) == same_place(metadata.path):
                 msg = f"{metadata.path} would be decrypted onto itself. Choose another output folder"
                 raise ValueError(msg)
-            tasks.append(Task(metadata.path, metadata.size_in_bytes, target, 0, metadata.size_in_bytes))
+            size, shard_id = metadata.size_in_bytes, shard_ids.get(metadata.path, "")
+            tasks.append(Task(metadata.path, size, target, 0, size, shard_id))
         _refuse_existing(tasks, self.output, self.if_exists)
         return tasks
 

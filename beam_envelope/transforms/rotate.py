@@ -18,10 +18,12 @@ import apache_beam as beam
 from apache_beam import coders, typehints
 
 from beam_envelope.errors import EnvelopeError, KeyAccessError, KeyFileMissingError, KmsUnavailableError
-from beam_envelope.formats.keyfile import KeyFile, WrappedDataKey
+from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, WrappedDataKey
+from beam_envelope.formats.manifest import Manifest
 from beam_envelope.formats.rotation import Rotation, Rotator, Step
 from beam_envelope.io.keyfiles import KeyFileReplacedError, find_key_files, read_key_file, replace_key_file, settle
-from beam_envelope.io.store import LocalStore, store_of
+from beam_envelope.io.manifest import read_manifest
+from beam_envelope.io.store import LocalStore, split_path, store_of
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import KeyProvider, kms_calls
 from beam_envelope.keys.uri import Key, open_key, open_keys
@@ -62,9 +64,10 @@ coders.registry.register_coder(RotatedFile, coders.RowCoder)
 class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[RotatedFile]"]):
     """Has the KMS re-encrypt the data keys of key files: of shards, of Parquet files, and of key stores.
 
-    Input: folders, patterns or paths of key files, or of shards beside which they are. Output: a `RotatedFile` for
-    each. It reads and writes key files only, each in one step, so it may be killed and run again at any time; what is
-    done already is left alone. A data key that many files share is one request to the KMS.
+    Input: folders, patterns or paths of key files and manifests, or of shards beside which key files are. A folder's
+    manifests go along, a pattern's where it matches them. Output: a `RotatedFile` for each. It reads and writes key
+    files and manifests only, each in one step, so it may be killed and run again at any time; what is done already is
+    left alone. A data key that many files share is one request to the KMS.
 
     Args:
         source: the KMS key to rotate from, or several: those that open what is there. New forms are made of theirs.
@@ -139,7 +142,7 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
 @typehints.with_output_types(list[str])
 class _FindDoFn(beam.DoFn):
     def process(self, pattern: str) -> Iterator[list[str]]:
-        paths = find_key_files(pattern)
+        paths = find_key_files(pattern, manifests=True)
         for start in range(0, len(paths), _BATCH):
             yield paths[start : start + _BATCH]
 
@@ -223,7 +226,8 @@ class _Lane:
         """Start to rotate a key file whose content is `raw`."""
         future: Future[RotatedFile] = Future()
         try:
-            key_file = KeyFile.from_bytes(raw, path)
+            kind = Manifest if split_path(path)[1] == MANIFEST_NAME else KeyFile
+            key_file: KeyFile | Manifest = kind.from_bytes(raw, path)
             steps = self._rotator.plan(key_file, path)
         except EnvelopeError as error:
             future.set_exception(error)
@@ -232,7 +236,8 @@ class _Lane:
         if self._dry_run or not changed:
             future.set_result(_rotated(path, key_file, steps, changed=changed))
             return path, future
-        made = [self._make(step, key_file.context) if step.changes else None for step in steps]
+        pairs = zip(steps, key_file.contexts, strict=True)
+        made = [self._make(step, context) if step.changes else None for step, context in pairs]
         return path, self._pool.submit(_replace, path, raw, key_file, steps, made)
 
     def result(self, path: str, future: Future[RotatedFile]) -> RotatedFile:
@@ -316,7 +321,7 @@ def _pool(path: str, *keys: KeyProvider) -> Iterator[_Inline | ThreadPoolExecuto
 
 def _read(path: str) -> bytes:
     try:
-        return read_key_file(path)
+        return read_manifest(path) if split_path(path)[1] == MANIFEST_NAME else read_key_file(path)
     except FileNotFoundError:
         raise KeyFileMissingError(
             f"there is no key file {path}: what it belongs to is not encrypted, or lost its key file, or is a folder "
@@ -327,7 +332,7 @@ def _read(path: str) -> bytes:
 def _replace(
     path: str,
     old: bytes,
-    key_file: KeyFile,
+    key_file: KeyFile | Manifest,
     steps: Sequence[Step],
     made: Sequence[Future[WrappedDataKey] | None],
 ) -> RotatedFile:
@@ -339,7 +344,7 @@ def _replace(
     return _rotated(path, key_file, steps, changed=True)
 
 
-def _rotated(path: str, key_file: KeyFile, steps: Sequence[Step], *, changed: bool) -> RotatedFile:
+def _rotated(path: str, key_file: KeyFile | Manifest, steps: Sequence[Step], *, changed: bool) -> RotatedFile:
     before = [(form.provider, form.kms_key) for data_key in key_file.data_keys for form in data_key.wrapped_keys]
     after = [name for step in steps for name in step.kms_keys]
     return RotatedFile(path, _listed(before), _listed(after), changed)

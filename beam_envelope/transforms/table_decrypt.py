@@ -137,7 +137,9 @@ class DecryptParquetDoFn(DecryptDoFn):
             return self.write(task, tables, schema, lambda _: options, key_id, progress)
 
     def _open(self, task: Task) -> EncryptedParquetReader:
-        return open_parquet_at(task.source, self._keys, self._context, on_denied=self._on_denied)
+        return open_parquet_at(
+            task.source, self._keys, self._context, on_denied=self._on_denied, shard_id=task.shard_id
+        )
 
 
 @typehints.with_output_types(DecryptedTable)

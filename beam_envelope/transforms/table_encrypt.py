@@ -12,12 +12,15 @@ from apache_beam import typehints
 
 from beam_envelope.errors import ContextMismatchError, FormatError
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, PARQUET_CIPHER, KeyFile
+from beam_envelope.formats.manifest import ManifestEntry
 from beam_envelope.formats.parquet_columns import leaf_paths
 from beam_envelope.formats.parquet_keys import ColumnKeys
 from beam_envelope.formats.parquet_source import MAGIC
 from beam_envelope.formats.parquet_writer import EncryptedParquetWriter
 from beam_envelope.formats.record import RecordEncryptor
 from beam_envelope.formats.table import Counts, Layout, encrypt_columns
+from beam_envelope.io.manifest import WrittenShard
+from beam_envelope.io.options import Settings
 from beam_envelope.io.parquet_bundle import CountingOutput
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.io.table_parquet import ParquetSource, PlainParquetWriter
@@ -58,8 +61,8 @@ class EncryptDoFn(FileDoFn):
         """Start a file."""
 
     @abc.abstractmethod
-    def finished(self, task: Task) -> str | None:
-        """Return the key id of what is there, if it is whole and belongs to this dataset; else None."""
+    def finished(self, task: Task) -> tuple[str, str] | None:
+        """Return the key id and shard id of what is there, if it is whole and belongs to this dataset; else None."""
 
     @abc.abstractmethod
     def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
@@ -73,11 +76,14 @@ class EncryptDoFn(FileDoFn):
     def do(self, task: Task, progress: Progress) -> EncryptedTable:
         """Encrypt one file."""
         there = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
-        if there is not None and (key_id := self.finished(task)) is not None:
+        if there is not None and (ids := self.finished(task)) is not None:
             progress.add("files_skipped")
             progress.add("bytes_skipped", task.size)
+            key_id, shard_id = ids
             key_file = key_file_path(task.target) if key_id else ""
-            return EncryptedTable(task.source, task.target, key_file, None, task.size, there, key_id, skipped=True)
+            return EncryptedTable(
+                task.source, task.target, key_file, None, task.size, there, key_id, skipped=True, shard_id=shard_id
+            )
         with about(task.source), open_table(task.source, task.size, self._types) as source:
             schema = self.sealed_schema(source.schema)
             tables = cut(source.groups(), self._form.row_group_rows, self._form.max_bytes(source))
@@ -115,6 +121,7 @@ class EncryptDoFn(FileDoFn):
             output.stored_bytes,
             sealed.data_keys[0].key_id.hex() if sealed else "",
             skipped=False,
+            shard_id=sealed.shard_id.hex if sealed else "",
         )
 
 
@@ -190,8 +197,15 @@ class EncryptParquetDoFn(EncryptDoFn):
             for data_key in data_keys:
                 data_key.close()
 
-    def finished(self, task: Task) -> str | None:
-        """Return the key id, if there is a key file of this dataset, and the file beside it is whole."""
+    def listed(self, result: EncryptedTable) -> tuple[WrittenShard, Settings]:
+        """Return the file; its section is under the keys of the footer."""
+        entry = ManifestEntry(result.shard_id, result.ciphertext_bytes, records=result.rows)
+        return WrittenShard(result.table, entry, not result.skipped), Settings(
+            self._column_keys.groups[0], self._context
+        )
+
+    def finished(self, task: Task) -> tuple[str, str] | None:
+        """Return the ids, if there is a key file of this dataset, and the file beside it is whole."""
         try:
             raw = read_small(key_file_path(task.target), MAX_KEY_FILE_BYTES + 1)
             key_file = KeyFile.from_bytes(raw, f"the key file of {task.target}")
@@ -204,7 +218,9 @@ class EncryptParquetDoFn(EncryptDoFn):
             )
             raise ContextMismatchError(msg)
         same = key_file.cipher == PARQUET_CIPHER and len(key_file.data_keys) == len(self._column_keys.groups)
-        return key_file.data_keys[0].key_id.hex() if same and _magic(task.target) == MAGIC else None
+        if not same or _magic(task.target) != MAGIC:
+            return None
+        return key_file.data_keys[0].key_id.hex(), key_file.shard_id.hex
 
 
 @typehints.with_output_types(EncryptedTable)
@@ -288,12 +304,12 @@ class EncryptCellsDoFn(EncryptDoFn):
         """Start a plain file."""
         return PlainParquetWriter(output, schema, options)
 
-    def finished(self, task: Task) -> str | None:
-        """Return an empty key id, if a whole file is there in which these columns are encrypted."""
+    def finished(self, task: Task) -> tuple[str, str] | None:
+        """Return empty ids, if a whole file is there in which these columns are encrypted."""
         size = store_of(task.target).size(task.target) or 0
         try:
             with ParquetSource(task.target, size) as found:
-                return "" if set(self._columns) <= set(encrypted_columns(found.schema)) else None
+                return ("", "") if set(self._columns) <= set(encrypted_columns(found.schema)) else None
         except FormatError:
             return None
 

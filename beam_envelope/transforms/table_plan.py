@@ -40,6 +40,7 @@ class EncryptedTable(NamedTuple):
         ciphertext_bytes: the size of what was written.
         key_id: the id of the footer's data key; empty for cells.
         skipped: whether it was there already.
+        shard_id: as its key file has it; empty for cells.
     """
 
     source: str
@@ -50,6 +51,7 @@ class EncryptedTable(NamedTuple):
     ciphertext_bytes: int
     key_id: str
     skipped: bool
+    shard_id: str = ""
 
 
 class DecryptedTable(NamedTuple):

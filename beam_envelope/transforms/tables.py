@@ -14,6 +14,7 @@ from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.formats.parquet_keys import ColumnKeys
 from beam_envelope.formats.parquet_reader import OnDenied
 from beam_envelope.formats.table import Layout
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, checked_mode
 from beam_envelope.io.store import key_file_path, read_small
 from beam_envelope.io.table_source import CsvTypes, TextTypes
 from beam_envelope.keys.cache import DataKeyPolicy
@@ -65,6 +66,8 @@ class EncryptTables(FilesTransform):
         if_exists: what to do when an output exists: "error", "skip" it if it is whole, or "overwrite" it.
         policy: when to ask the KMS for new data keys.
         relative_to: keep paths relative to this folder instead.
+        manifest: list the files in the manifest at or above `output`, under a data key of its own; a new one is made
+            where there is none. Results come when that is done. With `cells` there is none: the files are plain.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs: FormatError for a file
@@ -94,6 +97,7 @@ class EncryptTables(FilesTransform):
         if_exists: IfExists = "error",
         policy: DataKeyPolicy | None = None,
         relative_to: str | None = None,
+        manifest: bool = True,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         plan = TablesPlan(
@@ -120,6 +124,7 @@ class EncryptTables(FilesTransform):
             pairs = checked_context(context)
             work = EncryptParquetDoFn(column_keys, pairs, policy or DataKeyPolicy(), types, form, if_exists)
         super().__init__(plan, work)
+        self.lists = manifest and not cells
 
     @property
     def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
@@ -147,6 +152,8 @@ class DecryptTables(FilesTransform):
         compression: the codec of all columns. Default: snappy, and with `cells`, those of the input.
         if_exists: what to do when a file exists: "error", "skip" it if it is whole, or "overwrite" it.
         relative_to: keep paths relative to this folder instead of the fixed part of the pattern.
+        manifest: "use": where a manifest is at or above the files, it has to list them; "require": there has to be one;
+            "ignore" it. With `cells` there is none.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `DecryptPlan`,
@@ -172,11 +179,9 @@ class DecryptTables(FilesTransform):
         compression: Codec | None = None,
         if_exists: IfExists = "error",
         relative_to: str | None = None,
+        manifest: ManifestMode = "use",
     ) -> None:
         """Check the arguments; nothing is called yet."""
-        plan = DecryptPlan(
-            as_folder(output), checked_if_exists(if_exists), None if relative_to is None else as_folder(relative_to)
-        )
         form = _form(row_group_rows, compression)
         names = None if columns is None else tuple(_columns(columns))
         scopes = _scopes(deterministic or {})
@@ -189,11 +194,17 @@ class DecryptTables(FilesTransform):
             if keys is None:
                 raise ValueError("cells need their key store: pass keys= (--keys), the folder that it is in")
             work = DecryptCellsDoFn(read_keys(key, keys, context), names, scopes, form, if_exists)
+            if checked_mode(manifest) == "require":
+                raise ValueError("cells are in plain Parquet, which no manifest lists: leave manifest out")
+            listed = None
         else:
             _refuse_for_cells(keys=keys, deterministic=scopes)
             expected = context if isinstance(context, AnyContext) else checked_context(context)
-            work = DecryptParquetDoFn(open_keys(key), expected, names, on_denied, form, if_exists)
-        super().__init__(plan, work)
+            allowed = open_keys(key)
+            work = DecryptParquetDoFn(allowed, expected, names, on_denied, form, if_exists)
+            listed = ManifestReader(checked_mode(manifest), allowed, expected)
+        base = None if relative_to is None else as_folder(relative_to)
+        super().__init__(DecryptPlan(as_folder(output), checked_if_exists(if_exists), base, listed), work)
 
 
 class DecryptAny(FilesTransform):

@@ -9,19 +9,19 @@ from typing import Any, Final
 import apache_beam as beam
 from apache_beam import typehints
 
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, checked_mode
 from beam_envelope.keys.context import AnyContext, checked_context
 from beam_envelope.keys.uri import Key, open_keys
 from beam_envelope.transforms.job_log import WriteLog, now
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.verify_find import Found, find_listed, printable_name
 from beam_envelope.transforms.verify_plan import (
     FILE,
     RANGE_BYTES,
     Part,
     VerifiedFile,
     Verifier,
-    find_files,
     merge,
-    printable_name,
 )
 
 _NOT_SEEN: Final = -1
@@ -43,6 +43,8 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
         context: the encryption context that they were written with, or `ANY_CONTEXT`.
         quick: check key files, key commitments and lengths, and the footers of Parquet; read no more of the contents.
         range_bytes: about how much of one file a worker reads at a time.
+        manifest: "use": where a manifest is at or above the files, it has to list them, and what it lists has to be
+            there; "require": there has to be one; "ignore" it.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form.
@@ -62,18 +64,21 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
         context: Mapping[str, str] | AnyContext | None = None,
         quick: bool = False,
         range_bytes: int = RANGE_BYTES,
+        manifest: ManifestMode = "use",
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
         if range_bytes <= 0:
             raise ValueError(f"range_bytes is above 0, not {range_bytes}")
         expected = context if isinstance(context, AnyContext) else checked_context(context)
-        self.verifier = Verifier(open_keys(key), expected, quick, range_bytes)
+        keys = open_keys(key)
+        listed = ManifestReader(checked_mode(manifest), keys, expected)
+        self.verifier = Verifier(keys, expected, listed, quick, range_bytes)
 
     def expand(self, patterns: beam.PCollection[str]) -> beam.PCollection[VerifiedFile]:
         """Return the results."""
         # A file and its key file come together here, whichever pattern found them.
-        found = patterns | "Find" >> beam.ParDo(_FindDoFn()) | "Pair" >> beam.GroupByKey()
+        found = patterns | "Find" >> beam.ParDo(_FindDoFn(self.verifier)) | "Pair" >> beam.GroupByKey()
         parts = found | "Split" >> beam.ParDo(_SplitDoFn(self.verifier)) | "Spread" >> beam.Reshuffle()
         checked = parts | "Check" >> beam.ParDo(_CheckDoFn(self.verifier)) | "Collect" >> beam.GroupByKey()
         return checked | "Merge" >> beam.ParDo(_MergeDoFn())
@@ -90,31 +95,38 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
 
 
 @typehints.with_input_types(str)
-@typehints.with_output_types(tuple[str, int])
+@typehints.with_output_types(tuple[str, tuple[int, str, str]])
 class _FindDoFn(beam.DoFn):
-    def process(self, pattern: str) -> Iterator[tuple[str, int]]:
-        for path, size in find_files(pattern).items():
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+
+    def process(self, pattern: str) -> Iterator[tuple[str, tuple[int, str, str]]]:
+        with Progress():
+            found = find_listed(pattern, self._verifier.manifest)
+        for path, file in found.items():
             if printable_name(path) == path:
-                yield path, _NOT_SEEN if size is None else size
+                yield path, (_NOT_SEEN if file.size is None else file.size, file.shard_id, file.problem)
             else:
-                yield printable_name(path), _NO_NAME
+                yield printable_name(path), (_NO_NAME, "", "")
 
 
-@typehints.with_input_types(tuple[str, Iterable[int]])
+@typehints.with_input_types(tuple[str, Iterable[tuple[int, str, str]]])
 @typehints.with_output_types(Part)
 class _SplitDoFn(beam.DoFn):
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
 
-    def process(self, element: tuple[str, Iterable[int]]) -> Iterator[Part]:
-        path, sizes = element[0], set(element[1])
+    def process(self, element: tuple[str, Iterable[tuple[int, str, str]]]) -> Iterator[Part]:
+        path, seen = element[0], list(element[1])
+        sizes, shard_ids, problems = (set(column) for column in zip(*seen, strict=True))
         if _NO_NAME in sizes:
             problem = f"the name of {path} is not valid UTF-8, so no job has written it. Rename it or take it away"
             yield Part(path, FILE, problem, "", 0, 0, 0, 0, 1, b"")
             return
         size = max(sizes)
         with Progress():
-            parts = self._verifier.parts(path, None if size == _NOT_SEEN else size)
+            found = Found(None if size == _NOT_SEEN else size, max(shard_ids), max(problems))
+            parts = self._verifier.parts(path, found)
         yield from parts
 
 

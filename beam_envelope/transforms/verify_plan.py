@@ -6,38 +6,35 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, NoReturn, Optional
+from typing import Any, Final, NamedTuple, Optional
 
 import pyarrow as pa
 from apache_beam import coders
 
 from beam_envelope.errors import (
     EnvelopeError,
-    KeyAccessError,
     KeyFileMissingError,
-    KmsUnavailableError,
     TamperedError,
     TruncatedError,
 )
 from beam_envelope.formats.keyfile import (
     DERIVED_CIPHERS,
-    KEY_FILE_PREFIX,
-    KEY_FILE_SUFFIX,
     MANIFEST_NAME,
     PARQUET_CIPHER,
     TEMPORARY_PREFIX,
     KeyFile,
-    is_key_file,
 )
 from beam_envelope.formats.parquet import missing_parquet_key_file, open_sealed_parquet
 from beam_envelope.formats.parquet_reader import EncryptedParquetReader
 from beam_envelope.formats.record import load_record_key
 from beam_envelope.formats.shard_layout import CHUNK_BYTES, HEADER_BYTES, plaintext_size
-from beam_envelope.io.keyfiles import find_key_files, read_key_file
+from beam_envelope.io.keyfiles import read_key_file
+from beam_envelope.io.manifest_reader import ManifestReader, check_shard_id
 from beam_envelope.io.shards import open_shard_at
-from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_path, store_of
+from beam_envelope.io.store import LocalStore, key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KEY_ID_BYTES, KeyProvider
+from beam_envelope.transforms.verify_find import Found, printable_name, reason_of
 
 SHARD: Final = "shard"
 PARQUET: Final = "parquet"
@@ -59,8 +56,7 @@ class VerifiedFile(NamedTuple):
     Attributes:
         path: the file; of a key file that belongs to no file, the key file.
         kind: `shard`, `parquet`, `record key` (a key file of a key store), `key file` (one whose file is missing, or
-            that cannot be read), `file` (one with no key file), `unfinished` or `manifest`; the last two are not
-            checked.
+            that cannot be read), `file` (one with no key file), `manifest` or `unfinished`; the last is not checked.
         ok: whether nothing is wrong with it.
         problem: what is, or "".
         plaintext_bytes: how many bytes are in it, where that was authenticated: of shards that are ok, but not of
@@ -110,41 +106,6 @@ for _row in (VerifiedFile, Part):
     coders.registry.register_coder(_row, coders.RowCoder)
 
 
-def find_files(pattern: str) -> dict[str, int | None]:
-    """Return the files that a user names, and those whose key files lie there: a path and a size, None if not seen.
-
-    A key file stands for the file that it belongs to. So a glob of shards also tells of shards that are missing.
-
-    Raises:
-        FileNotFoundError: nothing matches.
-        OSError: from the store.
-    """
-    found: dict[str, int | None] = {}
-    missing: FileNotFoundError | None = None
-    try:
-        for metadata in expand(pattern)[1]:
-            folder, name = split_path(metadata.path)
-            if is_key_file(name):
-                found.setdefault(_data_path(metadata.path), None)
-            else:
-                found[folder + name] = metadata.size_in_bytes
-    except FileNotFoundError as error:
-        missing = error
-    store = store_of(pattern)
-    if not pattern.endswith("/") and not store.is_folder(pattern):  # of a folder, everything is listed already
-        try:
-            key_files = find_key_files(pattern)
-        except FileNotFoundError:
-            key_files = []
-        if missing is not None:  # a literal path comes back as it is, whether its key file is there or not
-            key_files = [path for path in key_files if store.size(path) is not None]
-        for path in key_files:
-            found.setdefault(_data_path(path), None)
-    if not found and missing is not None:
-        raise missing
-    return found
-
-
 def _result(
     part: Part, plaintext_bytes: int | None = None, records: int | None = None, problem: str = ""
 ) -> VerifiedFile:
@@ -152,11 +113,6 @@ def _result(
     text = part.problem or problem
     path = key_file_path(part.path) if part.kind in {RECORD_KEY, KEY_FILE} else part.path
     return VerifiedFile(printable_name(path), part.kind, not text, text, plaintext_bytes, records, part.key_id)
-
-
-def printable_name(path: str) -> str:
-    """Return a path that any coder takes; what is no UTF-8 in a name of a local disk shows as an escape."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -168,37 +124,43 @@ class Verifier:
         context: the encryption context that the caller expects.
         quick: do not read the contents.
         range_bytes: about how much of a file is one part.
+        manifest: holds what is found against the manifests.
     """
 
     keys: tuple[KeyProvider, ...]
     context: Mapping[str, str] | AnyContext
+    manifest: ManifestReader
     quick: bool = False
     range_bytes: int = RANGE_BYTES
 
-    def parts(self, path: str, size: int | None) -> list[Part]:
+    def parts(self, path: str, found: Found) -> list[Part]:
         """Cut the work on one file into parts; what is wrong with it by now is in the one part then.
 
         Args:
             path: the file.
-            size: of the file, or None if only its key file was seen.
+            found: what is known of it.
 
         Raises:
             KeyAccessError, KmsUnavailableError: from the KMS, which the row groups of Parquet are not counted without.
         """
+        size, shard_id, problem = found
         name = split_path(path)[1]
-        kind = {MANIFEST_NAME: MANIFEST}.get(name, UNFINISHED if name.startswith(TEMPORARY_PREFIX) else "")
-        if kind and size is not None:
-            return [Part(path, kind, "", "", size, 0, 0, 0, 1, b"")]
+        if name == MANIFEST_NAME or problem:
+            kind = MANIFEST if name == MANIFEST_NAME else SHARD
+            return [Part(path, kind, problem, "", size or 0, 0, 0, 0, 1, b"")]
+        if name.startswith(TEMPORARY_PREFIX) and size is not None:
+            return [Part(path, UNFINISHED, "", "", size, 0, 0, 0, 1, b"")]
         draft = Part(path, KEY_FILE if size is None else FILE, "", "", size or 0, 0, 0, 0, 1, b"")
         try:
             raw = _read_key_file(path)
             draft = draft._replace(kind=KEY_FILE if size is None else SHARD, key_file=raw)
             parsed = KeyFile.from_bytes(raw, f"the key file of {path}")
+            check_shard_id(path, parsed, shard_id)
             draft = draft._replace(key_id=parsed.data_keys[0].key_id.hex())
             draft = _identified(draft, parsed.cipher, seen=size is not None)
             ranges = list(self._ranges(draft)) or [(0, 0)]
         except (EnvelopeError, OSError) as error:
-            return [draft._replace(problem=_reason(error))]
+            return [draft._replace(problem=reason_of(error))]
         return [
             draft._replace(start=start, end=end, number=number, total=len(ranges))
             for number, (start, end) in enumerate(ranges)
@@ -220,7 +182,7 @@ class Verifier:
         try:
             return checks[part.kind](part, count)
         except (EnvelopeError, OSError) as error:
-            return _result(part, problem=_reason(error))
+            return _result(part, problem=reason_of(error))
 
     def _ranges(self, part: Part) -> Iterator[tuple[int, int]]:
         if part.kind == SHARD:
@@ -360,22 +322,3 @@ def _read_all(shard: io.BufferedReader, tell: Callable[[], int], count: Callable
         before, done = done, tell()
         count(done - before)
     return total
-
-
-def _data_path(key_file: str) -> str:
-    """Return the path of the file that a key file belongs to."""
-    folder, name = split_path(key_file)
-    return folder + name.removeprefix(KEY_FILE_PREFIX).removesuffix(KEY_FILE_SUFFIX)
-
-
-def _reason(error: EnvelopeError | OSError) -> str:
-    """Return what is wrong with a file; errors of the KMS are no file's own."""
-    if isinstance(error, (KeyAccessError, KmsUnavailableError)):
-        _raise(error)
-    if isinstance(error, OSError):
-        return f"it cannot be read: {error.strerror or error}"
-    return str(error)
-
-
-def _raise(error: EnvelopeError) -> NoReturn:
-    raise error

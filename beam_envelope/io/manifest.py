@@ -1,0 +1,165 @@
+"""Manifests on any Beam filesystem: found, and added to at the end of a write.
+
+A manifest speaks for all files below its folder. Writers add to the nearest one at or above their output; where there
+is none, they make one in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_envelope.errors import ManifestError
+from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile
+from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestEntry
+from beam_envelope.io.keyfiles import KeyFileReplacedError, replace_key_file, settle
+from beam_envelope.io.store import BeamStore, key_file_path, read_small, same_place, split_path, store_of
+from beam_envelope.keys.cache import generate_data_key
+from beam_envelope.keys.provider import KeyProvider
+
+_TRIES: Final = 100
+_WAIT_S: Final = 0.02
+
+
+class WrittenShard(NamedTuple):
+    """What a writer says of a shard, for the manifest.
+
+    Attributes:
+        path: where it is.
+        entry: what is said of it.
+        anew: whether this job wrote it. One that was there already is listed only if no section names its path.
+    """
+
+    path: str
+    entry: ManifestEntry
+    anew: bool = True
+
+
+def shard_on_store(path: str, *, anew: bool = True) -> WrittenShard:
+    """Return what is to be said of a shard, from its key file and its size. Raises FormatError, OSError."""
+    raw = read_small(key_file_path(path), MAX_KEY_FILE_BYTES + 1)
+    size = store_of(path).size(path)
+    entry = ManifestEntry(KeyFile.from_bytes(raw, f"the key file of {path}").shard_id.hex, size or 0)
+    return WrittenShard(path, entry, anew)
+
+
+def add_to_manifest(
+    folder: str, shards: Iterable[WrittenShard], keys: Sequence[KeyProvider], context: Mapping[str, str]
+) -> str | None:
+    """Add shards to the manifest of a folder: in one step, whatever other jobs add at the same time.
+
+    Nothing is changed, and the KMS not asked, where the manifest says all of it already: a second try is safe.
+
+    Args:
+        folder: the output folder of the job, with a slash at its end; all shards are below it.
+        shards: what was written.
+        keys: the KMS keys that wrap the section's data key.
+        context: its encryption context.
+
+    Returns:
+        The path of the manifest, or None if there is nothing to say and no manifest.
+
+    Raises:
+        ManifestError: others changed it again and again meanwhile.
+        KeyAccessError, KmsUnavailableError: from the KMS.
+        FormatError, OSError: what is there is no manifest; from the store.
+    """
+    written = list(shards)
+    data_key = None
+    try:
+        for attempt in range(_TRIES):
+            path, raw = nearest(folder) or (canonical(folder) + MANIFEST_NAME, None)
+            manifest = Manifest() if raw is None else Manifest.from_bytes(raw, path)
+            changes = _changes(manifest, written, split_path(path)[0])
+            if not changes:
+                return None if raw is None else path
+            data_key = data_key or generate_data_key(keys, context)
+            if _swap(path, raw, manifest.with_section(data_key, context, changes).to_bytes()):
+                return path
+            time.sleep(random.uniform(0, _WAIT_S * min(attempt + 1, 50)))  # noqa: S311  # it only spreads
+    finally:
+        if data_key is not None:
+            data_key.close()
+    raise ManifestError(f"{path} was changed by others {_TRIES} times while this job added to it. Run it again")
+
+
+def _changes(manifest: Manifest, written: Iterable[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
+    latest = manifest.latest()
+    changes: dict[str, ManifestEntry | None] = {}
+    for shard in written:
+        place = same_place(shard.path)
+        if not place.startswith(folder):
+            raise ManifestError(f"{shard.path} is not below {folder}, whose manifest was to list it")
+        name = place[len(folder) :]
+        said = latest[name][1] if name in latest else None
+        if said != shard.entry and (shard.anew or said is None):
+            changes[name] = shard.entry
+    return changes
+
+
+def _swap(path: str, old: bytes | None, new: bytes) -> bool:
+    """Replace a manifest, or make it; return whether nobody else did so meanwhile. Raises OSError."""
+    if len(new) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path} would be larger than {MAX_MANIFEST_BYTES} bytes. Write into another folder")
+    if old is not None:
+        try:
+            replace_key_file(path, old, new)
+        except (KeyFileReplacedError, FileNotFoundError):
+            return False
+        settle([path])
+        return True
+    try:
+        output = store_of(path).create(path, overwrite=False, size_hint=len(new))
+    except FileExistsError:
+        return False
+    try:
+        output.write(new)
+        output.commit()
+    except FileExistsError:
+        output.abort()
+        return False
+    except BaseException:
+        output.abort()
+        raise
+    return True
+
+
+def nearest(folder: str) -> tuple[str, bytes] | None:
+    """Return the manifest at or above a folder, and its bytes. Raises OSError."""
+    for parent in parents(canonical(folder), ""):
+        try:
+            return parent + MANIFEST_NAME, read_manifest(parent + MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:  # S3 hides what is not there from those who may not list
+            continue
+    return None
+
+
+def read_manifest(path: str) -> bytes:
+    """Return the bytes of a manifest. Raises OSError."""
+    store = store_of(path)
+    if isinstance(store, BeamStore) and store.size(path) is None:  # whose filesystems say each in its own way
+        raise FileNotFoundError(errno.ENOENT, "there is no manifest", path)
+    return read_small(path, MAX_MANIFEST_BYTES + 1)
+
+
+def canonical(folder: str) -> str:
+    """Return the one name of a folder, with a slash at its end."""
+    return split_path(same_place(f"{folder}{MANIFEST_NAME}"))[0]
+
+
+def parents(folder: str, below: str) -> Iterator[str]:
+    """Yield a folder and those above it, as long as they are below another one; of a bucket, not what is above."""
+    scheme = FileSystems.get_scheme(folder)
+    root = "/" if scheme is None else folder[: folder.find("/", len(scheme) + 3) + 1]
+    while folder.startswith(root) and len(folder) > len(below):
+        yield folder
+        if folder == root:
+            return
+        folder = split_path(folder[:-1])[0]

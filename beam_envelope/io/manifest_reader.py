@@ -1,0 +1,261 @@
+"""Manifests on the read side: what a pattern finds is held against what they list."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, TypeAlias, cast
+
+from beam_envelope.arguments import MANIFEST_MODES
+from beam_envelope.errors import ContextMismatchError, KeyAccessError, ManifestError, WrongKeyError
+from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile
+from beam_envelope.formats.manifest import Manifest
+from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest
+from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, split_glob, split_path
+from beam_envelope.keys.cache import shared, unwrap
+from beam_envelope.keys.context import AnyContext, match_context
+from beam_envelope.keys.provider import KeyProvider
+
+ManifestMode: TypeAlias = Literal["require", "use", "ignore"]
+
+MISSING: Final = (
+    "listed by the manifest, and not there. Restore it from a copy, or read what is there with manifest='ignore' "
+    "(--manifest=ignore)"
+)
+EXTRA: Final = (
+    "not listed by the manifest: put there by somebody, or by a job that was stopped before its end. Run that job "
+    "again, take it away, or read with manifest='ignore' (--manifest=ignore)"
+)
+
+_TTL_S: Final = 60.0
+_MAX_RUNS: Final = 4
+_LISTED: Final = 3
+
+
+def checked_mode(manifest: str) -> ManifestMode:
+    """Return `manifest` if it is one of the choices. Raises ValueError."""
+    if manifest not in MANIFEST_MODES:
+        msg = f"manifest is one of {', '.join(MANIFEST_MODES)}, not {manifest!r}"
+        raise ValueError(msg)
+    return cast("ManifestMode", manifest)
+
+
+@dataclass(frozen=True)
+class ManifestReader:
+    """Holds what is read against the manifests that speak for it. Configuration only, so it travels.
+
+    Attributes:
+        mode: `require`: a manifest has to list every file. `use`: where there is one, it has to. `ignore`: none is
+            looked for.
+        keys: the allowed KMS keys.
+        context: the encryption context that the caller expects.
+        run: a random UUID: each reader reads a manifest once in a minute, and never takes what another has read.
+    """
+
+    mode: ManifestMode
+    keys: tuple[KeyProvider, ...]
+    context: Mapping[str, str] | AnyContext
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def check(
+        self, pattern: str, paths: Sequence[str], failures: dict[str, ManifestError] | None = None
+    ) -> Mapping[str, str]:
+        """Compare what a pattern finds with what the manifests list.
+
+        Args:
+            pattern: the glob that finds the shards.
+            paths: the shards that it found.
+            failures: takes what is wrong with single shards, by their paths, instead of raising it.
+
+        Returns:
+            The shard id that each has to have, as hexadecimal digits; empty where no manifest speaks for them.
+
+        Raises:
+            ManifestError: a shard is missing, or is not listed; a manifest was changed; or is missing (`require`).
+            WrongKeyError, ContextMismatchError: what is listed belongs to another dataset.
+            FormatError, KeyAccessError, KmsUnavailableError, OSError: from reading the manifests.
+        """
+        survey = self.survey(pattern, paths)
+        for problem, names in ((MISSING, survey.missing), (EXTRA, survey.extra)):
+            if failures is not None:
+                failures |= {name: ManifestError(f"{name}: {problem}") for name in names}
+            elif names:
+                more = f" (and {len(names) - _LISTED} more)" if len(names) > _LISTED else ""
+                raise ManifestError(f"{', '.join(sorted(names)[:_LISTED])}{more}: {problem}")
+        return survey.shard_ids
+
+    def survey(self, pattern: str, paths: Sequence[str]) -> Survey:
+        """Compare, and return what is missing or not listed instead of raising for it. Otherwise as `check`."""
+        if self.mode == "ignore":
+            return Survey((), {}, (), ())
+        folder = split_glob(pattern)[0]
+        below = canonical(folder)
+        places = {path: same_place(path) for path in paths}
+        listed: dict[str, str] = {}
+        with _runs().of(self.run) as loaded:
+            manifests = loaded.manifests(below, places.values())
+            if not manifests and self.mode == "require":
+                msg = (
+                    f"{folder or './'} has no {MANIFEST_NAME}, nor has a folder above it: it was lost, or the shards "
+                    "were written without one. Restore it from a copy, or read with manifest='use' (--manifest=use)"
+                )
+                raise ManifestError(msg)
+            for manifest in manifests:
+                for place, shard_id in manifest.listed(pattern, self.keys, self.context).items():
+                    if listed.setdefault(place, shard_id) != shard_id:
+                        msg = (
+                            f"{place} is listed by two manifests as two shards: by {manifest.path}, and by one above "
+                            "it. Write the dataset anew into one folder, or read with manifest='ignore'"
+                        )
+                        raise ManifestError(msg)
+        if not manifests:
+            return Survey((), {}, (), ())
+        shard_ids = {path: listed[place] for path, place in places.items() if place in listed}
+        missing = sorted(listed.keys() - set(places.values()))
+        extra = [path for path, place in places.items() if place not in listed]
+        as_given = [
+            tuple(folder + place[len(below) :] if place.startswith(below) else place for place in group)
+            for group in ([manifest.path for manifest in manifests], missing)
+        ]
+        return Survey(as_given[0], shard_ids, as_given[1], tuple(extra))
+
+
+class Survey(NamedTuple):
+    """How what a pattern finds differs from what the manifests list.
+
+    Attributes:
+        manifests: their paths.
+        shard_ids: the shard id that each file has to have.
+        missing: the files that are listed and were not found.
+        extra: the files that were found and are not listed.
+    """
+
+    manifests: tuple[str, ...]
+    shard_ids: Mapping[str, str]
+    missing: Sequence[str]
+    extra: Sequence[str]
+
+
+def check_shard_id(path: str, key_file: KeyFile, shard_id: str) -> None:
+    """Compare a shard's id with the manifest's, if it has one.
+
+    Raises:
+        ManifestError: it is another shard.
+    """
+    if shard_id and key_file.shard_id.hex != shard_id:
+        raise ManifestError(
+            f"{path} is not the shard that its manifest lists: it was swapped, or an older one put in its place. "
+            "Restore it from a copy, or read with manifest='ignore' (--manifest=ignore)"
+        )
+
+
+class _Runs:
+    """What the last few readers have loaded, in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_run: OrderedDict[str, _Run] = OrderedDict()
+
+    def of(self, run: str) -> _Run:
+        with self._lock:
+            found = self._by_run.pop(run, None)
+            if found is None or found.expired():
+                found = _Run()
+            self._by_run[run] = found
+            while len(self._by_run) > _MAX_RUNS:
+                self._by_run.popitem(last=False)
+            return found
+
+    def close(self) -> None:
+        """Hold no key."""
+
+
+def _runs() -> _Runs:
+    return shared("manifests", _Runs)
+
+
+class _Run:
+    """What one reader has loaded. A context manager: one thread at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._expires = time.monotonic() + _TTL_S
+        self._nearest: dict[str, tuple[str, bytes] | None] = {}
+        self._loaded: dict[str, _Loaded | None] = {}
+
+    def expired(self) -> bool:
+        return time.monotonic() >= self._expires
+
+    def __enter__(self) -> _Run:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def manifests(self, folder: str, places: Iterable[str]) -> list[_Loaded]:
+        """Return the manifests that speak for some places below a folder: at or above it the nearest, below it all."""
+        if folder not in self._nearest:
+            self._nearest[folder] = nearest(folder)
+        top = self._nearest[folder]
+        if top is not None and top[0] not in self._loaded:
+            self._loaded[top[0]] = _Loaded(*top)
+        inner = {parent + MANIFEST_NAME for place in places for parent in parents(split_path(place)[0], folder)}
+        unknown = sorted(inner - self._loaded.keys())
+        there = existing(unknown, folder) if unknown else set()
+        self._loaded |= {path: _Loaded(path, read_manifest(path)) if path in there else None for path in unknown}
+        chosen = ([] if top is None else [top[0]]) + sorted(inner)
+        return [found for path in chosen if (found := self._loaded[path]) is not None]
+
+
+class _Loaded:
+    """A manifest, as one reader sees it."""
+
+    def __init__(self, path: str, raw: bytes) -> None:
+        self.path = path
+        self._folder = split_path(path)[0]
+        self._manifest = Manifest.from_bytes(raw, path)
+        self._latest = self._manifest.latest()
+        self._verified: set[int] = set()
+        self._vouched = False
+
+    def listed(
+        self, pattern: str, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext
+    ) -> dict[str, str]:
+        """Return the places that match, and the shard id of each; the sections that say so are authenticated."""
+        literal = literal_path(pattern)
+        if literal is not None:
+            name = same_place(literal)[len(self._folder) :]
+            found = {name: self._latest[name]} if name in self._latest else {}
+        else:
+            matches = glob_matcher(pattern)
+            found = {name: said for name, said in self._latest.items() if matches(self._folder + name)}
+        for number in sorted({number for number, _ in found.values()}):
+            self._verify(number, keys, context)
+        if not self._vouched:
+            self._vouch(keys, context)
+        return {self._folder + name: entry.shard_id for name, (_, entry) in found.items() if entry is not None}
+
+    def _vouch(self, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext) -> None:
+        """Authenticate the last section that can be: it tells if one of those before it was taken out."""
+        for number in reversed(range(len(self._manifest.sections))):
+            with contextlib.suppress(WrongKeyError, ContextMismatchError, KeyAccessError):
+                self._verify(number, keys, context)
+                break
+        self._vouched = True
+
+    def _verify(self, number: int, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext) -> None:
+        if number in self._verified:
+            return
+        section = self._manifest.sections[number]
+        what = f"section {number + 1} of {self.path}"
+        match_context(context, section.context, what)
+        data_key = section.data_key
+        with unwrap(keys, data_key.wrapped_keys, section.context, data_key.key_id, what) as opened:
+            section.verify(opened, what)
+        self._verified.add(number)

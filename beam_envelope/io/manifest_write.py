@@ -1,0 +1,75 @@
+"""WithManifest: the last step of every bounded write, which lists what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import apache_beam as beam
+from apache_beam import typehints
+from apache_beam.transforms import window
+
+from beam_envelope.io.manifest import WrittenShard, add_to_manifest
+from beam_envelope.io.options import Settings
+from beam_envelope.transforms.metrics import Progress
+
+Sections = Callable[[Any], "tuple[WrittenShard, Settings]"]
+"""What tells of a result which shard it is of, and under which keys and context the shard's section goes."""
+
+_ONE: Final = 0
+
+
+class WithManifest(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[Any]"]):
+    """Adds the shards of a bounded write to the manifest of its folder, and passes the results on when that is done.
+
+    The results of an unbounded write pass as they are: nobody knows when they would be complete.
+
+    Args:
+        folder: the output folder, with a slash at its end.
+        section_of: as `Sections`; runs in parallel.
+    """
+
+    def __init__(self, folder: str, section_of: Sections) -> None:
+        """Take what to list where."""
+        super().__init__()
+        self._folder, self._section_of = folder, section_of
+
+    def expand(self, results: beam.PCollection[Any]) -> beam.PCollection[Any]:
+        """Return the results."""
+        if not results.is_bounded:
+            return results
+        listed = (
+            results
+            | "List" >> beam.ParDo(_ListDoFn(self._section_of))
+            | "Rewindow" >> beam.WindowInto(window.GlobalWindows())
+            | "Gather" >> beam.GroupByKey()
+        )
+        kind = results.element_type
+        passed: beam.PCollection[Any] = listed | "Write" >> beam.ParDo(_WriteDoFn(self._folder)).with_output_types(kind)
+        return passed
+
+
+@typehints.with_output_types(tuple[int, Any])
+class _ListDoFn(beam.DoFn):
+    def __init__(self, section_of: Sections) -> None:
+        self._section_of = section_of
+
+    def process(self, result: Any) -> Iterator[tuple[int, Any]]:
+        yield _ONE, (result, *self._section_of(result))
+
+
+@typehints.with_input_types(tuple[int, Iterable[Any]])
+class _WriteDoFn(beam.DoFn):
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def process(self, element: tuple[int, Iterable[Any]]) -> Iterator[Any]:
+        sections: dict[tuple[Any, ...], tuple[Settings, list[WrittenShard]]] = {}
+        for _, shard, settings in element[1]:
+            of_section = (settings.keys, *sorted(settings.context.items()))
+            sections.setdefault(of_section, (settings, []))[1].append(shard)
+        with Progress():
+            for settings, shards in sections.values():
+                add_to_manifest(self._folder, shards, settings.keys, settings.context)
+        for result, _, _ in element[1]:
+            yield result
