@@ -122,6 +122,18 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `manifest`."""
+    parser.add_argument("folder", metavar="FOLDER", help="the dataset's folder")
+    parser.add_argument("--key", required=True, action="append", help=f"{KEY_HELP}. Give it again for more keys")
+    add_context_argument(parser, "the context that the shards were written with")
+    parser.add_argument("--add", action="store_true", help="list what is there and not listed, if the key opens it")
+    parser.add_argument("--forget", action="store_true", help="take from the list what is listed and not there")
+    parser.add_argument(
+        "--compact", action="store_true", help="put one section in the place of all, so that readers ask the KMS once"
+    )
+
+
 def add_shards_argument(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument of the commands that look at shards."""
     parser.add_argument("patterns", nargs="+", metavar="SHARDS", help="a shard, a folder or a quoted glob")

@@ -59,8 +59,19 @@ Examples:
 Every chunk of shards, every page of Parquet files and every key file is authenticated; nothing is written. Files
 with no key file, and key files whose file is missing, are problems too; unfinished files (_TMP_...) are not.
 Exit status: 0 if all is well, 1 if there is any problem or nothing was found, 2 if the command line is wrong.
-There is no manifest yet: a shard that is gone together with its key file, or an older pair of both in their place,
-is not noticed. Any option of Beam may follow, as --NAME=VALUE. With no runner named, the job uses all cores.
+With the manifest, shards that are missing, added, swapped or old are problems as well. Any option of Beam may follow,
+as --NAME=VALUE. With no runner named, the job uses all cores.
+"""
+
+_MANIFEST_EPILOG: Final = """\
+Examples:
+  beam-envelope manifest sealed/ --key aws-kms://alias/etl --context dataset=flights            # what differs?
+  beam-envelope manifest sealed/ --key aws-kms://alias/etl --context dataset=flights --forget   # after a clean-up
+  beam-envelope manifest sealed/ --key aws-kms://alias/etl --context dataset=flights --add      # adopt other shards
+
+Each job lists its shards in _MANIFEST.json, and readers refuse a dataset that differs from it. Where that is what you
+want, say so here: what --add lists must open under the key. A shard that was put in another's place is never listed.
+Exit status: 0 if list and folder agree in the end, 1 if not.
 """
 
 _AGAIN: Final = {"rotate": "Run it again to finish it.", "verify": "Nothing was changed; run it again."}
@@ -165,6 +176,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         arguments.add_verify_arguments,
         arguments.add_json_argument,
         epilog=_VERIFY_EPILOG,
+    )
+    add(
+        "manifest",
+        "compare a folder with its list of shards, and make the list agree",
+        arguments.add_manifest_arguments,
+        arguments.add_json_argument,
+        epilog=_MANIFEST_EPILOG,
     )
     add(
         "inspect",

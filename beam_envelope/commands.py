@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs, rotate_command, verify_command
+from beam_envelope import console, jobs, manifest_command, rotate_command, verify_command
 from beam_envelope.arguments import context_of
 from beam_envelope.console import printable
 from beam_envelope.formats.keyfile import PARQUET_CIPHER
@@ -54,6 +54,8 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         return rotate_command.run(arguments, options)
     if command == "verify":
         return verify_command.run(arguments, options)
+    if command == "manifest":
+        return manifest_command.run(arguments)
     return _inspect(arguments) if command == "inspect" else _cat(arguments)
 
 

@@ -19,7 +19,8 @@ from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, Key
 from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestEntry
 from beam_envelope.io.keyfiles import KeyFileReplacedError, replace_key_file, settle
 from beam_envelope.io.store import BeamStore, key_file_path, read_small, same_place, split_path, store_of
-from beam_envelope.keys.cache import generate_data_key
+from beam_envelope.keys.cache import generate_data_key, unwrap
+from beam_envelope.keys.context import AnyContext, match_context
 from beam_envelope.keys.provider import KeyProvider
 
 _TRIES: Final = 100
@@ -31,12 +32,12 @@ class WrittenShard(NamedTuple):
 
     Attributes:
         path: where it is.
-        entry: what is said of it.
+        entry: what is said of it; None: it was removed on purpose.
         anew: whether this job wrote it. One that was there already is listed only if no section names its path.
     """
 
     path: str
-    entry: ManifestEntry
+    entry: ManifestEntry | None
     anew: bool = True
 
 
@@ -86,6 +87,47 @@ def add_to_manifest(
         if data_key is not None:
             data_key.close()
     raise ManifestError(f"{path} was changed by others {_TRIES} times while this job added to it. Run it again")
+
+
+def compact_manifest(path: str, keys: Sequence[KeyProvider], context: Mapping[str, str]) -> int:
+    """Put one section in the place of all, so that readers ask the KMS once, and drop what was removed on purpose.
+
+    Returns:
+        How many sections there were.
+
+    Raises:
+        ManifestError: a section was forged, or others changed it again and again meanwhile.
+        WrongKeyError, ContextMismatchError: a section is under another key or context, so it stays alone.
+        FormatError, KeyAccessError, KmsUnavailableError, OSError: from reading and writing it, and from the KMS.
+    """
+    for _ in range(_TRIES):
+        raw = read_manifest(path)
+        manifest = Manifest.from_bytes(raw, path)
+        for number in range(len(manifest.sections)):
+            verify_section(manifest, number, keys, context, path)
+        shards = {name: entry for name, (_, entry) in manifest.latest().items() if entry is not None}
+        with generate_data_key(keys, context) as data_key:
+            if _swap(path, raw, Manifest().with_section(data_key, context, shards).to_bytes()):
+                return len(manifest.sections)
+    raise ManifestError(f"{path} was changed by others {_TRIES} times meanwhile. Run it again")
+
+
+def verify_section(
+    manifest: Manifest, number: int, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext, path: str
+) -> None:
+    """Authenticate one section of the manifest at a path.
+
+    Raises:
+        ManifestError: it was forged.
+        WrongKeyError, ContextMismatchError: it is under another key or context.
+        TamperedError, KeyAccessError, KmsUnavailableError: from the KMS.
+    """
+    section = manifest.sections[number]
+    what = f"section {number + 1} of {path}"
+    match_context(context, section.context, what)
+    data_key = section.data_key
+    with unwrap(keys, data_key.wrapped_keys, section.context, data_key.key_id, what) as opened:
+        section.verify(opened, what)
 
 
 def _changes(manifest: Manifest, written: Iterable[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:

@@ -15,21 +15,21 @@ from beam_envelope.arguments import MANIFEST_MODES
 from beam_envelope.errors import ContextMismatchError, KeyAccessError, ManifestError, WrongKeyError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile
 from beam_envelope.formats.manifest import Manifest
-from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest
+from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest, verify_section
 from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, split_glob, split_path
-from beam_envelope.keys.cache import shared, unwrap
-from beam_envelope.keys.context import AnyContext, match_context
+from beam_envelope.keys.cache import shared
+from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
 
 ManifestMode: TypeAlias = Literal["require", "use", "ignore"]
 
 MISSING: Final = (
-    "listed by the manifest, and not there. Restore it from a copy, or read what is there with manifest='ignore' "
-    "(--manifest=ignore)"
+    "listed by the manifest, and not there. Restore it from a copy; if it was removed on purpose, take it from the "
+    "list (beam-envelope manifest --forget), or read with manifest='ignore' (--manifest=ignore)"
 )
 EXTRA: Final = (
     "not listed by the manifest: put there by somebody, or by a job that was stopped before its end. Run that job "
-    "again, take it away, or read with manifest='ignore' (--manifest=ignore)"
+    "again, take it away, list it (beam-envelope manifest --add), or read with manifest='ignore' (--manifest=ignore)"
 )
 
 _TTL_S: Final = 60.0
@@ -250,12 +250,6 @@ class _Loaded:
         self._vouched = True
 
     def _verify(self, number: int, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext) -> None:
-        if number in self._verified:
-            return
-        section = self._manifest.sections[number]
-        what = f"section {number + 1} of {self.path}"
-        match_context(context, section.context, what)
-        data_key = section.data_key
-        with unwrap(keys, data_key.wrapped_keys, section.context, data_key.key_id, what) as opened:
-            section.verify(opened, what)
-        self._verified.add(number)
+        if number not in self._verified:
+            verify_section(self._manifest, number, keys, context, self.path)
+            self._verified.add(number)
