@@ -1,7 +1,7 @@
 """S3 objects as files: a reader that asks for what it needs, and an output that S3 shows only after `commit`.
 
 Beam's own S3 writer completes an upload when it is garbage collected or its block raises, and Beam makes a new boto3
-session for each call; hence this module. Beam's S3 options (`--s3_endpoint_url` and the others) hold here too.
+session for each call; hence this module.
 """
 
 from __future__ import annotations
@@ -9,28 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
 
-import boto3
 from apache_beam.io.filesystem import FileMetadata, FileSystem
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions, S3Options
 from botocore import exceptions as boto_errors
-from botocore.config import Config
 
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.formats.output import Buffer, check_key_file
+from beam_envelope.io.s3_client import clear_s3_clients, s3_client
+
+__all__ = ["PART_BYTES", "S3Store", "clear_s3_clients", "replace_object", "s3_client"]
 
 PART_BYTES: Final = 8 << 20
 _MAX_PARTS: Final = 10_000  # "Amazon S3 multipart upload limits", Amazon S3 User Guide
 _UPLOADS: Final = 2  # parts of one object on their way at a time, while the next one fills
-_CONNECTIONS: Final = 50  # kept open for the threads of a process; each may read one object and write another
 _READ_BYTES: Final = 1 << 20
 _READ_TRIES: Final = 4
 _BINARY: Final = "application/octet-stream"
@@ -42,35 +38,6 @@ _BROKEN_STREAM: Final = (
     boto_errors.IncompleteReadError,
     boto_errors.ConnectionClosedError,
 )
-
-_NOBODY: Final = object()
-_lock = threading.Lock()
-_clients: dict[tuple[tuple[str, Any], ...], Any] = {}
-_latest: tuple[object, Any] = (_NOBODY, None)
-
-
-def s3_client() -> Any:  # boto3 clients have no static type
-    """Return this process's S3 client for the pipeline's S3 options. It may be shared between threads."""
-    global _latest  # noqa: PLW0603  # the client of the options seen last: reading options takes longer than a request
-    options = FileSystems._pipeline_options  # noqa: SLF001  # where Beam's own filesystems find them
-    with _lock:
-        if _latest[0] is not options:
-            settings = _settings(options)
-            if settings not in _clients:
-                _clients[settings] = _new_client(dict(settings))
-            _latest = (options, _clients[settings])
-        return _latest[1]
-
-
-def clear_s3_clients() -> None:
-    """Forget all clients, so that changed AWS settings are read anew."""
-    global _lock, _latest  # noqa: PLW0603  # a lock held by another thread at fork stays locked in the child
-    _lock = threading.Lock()
-    _latest = (_NOBODY, None)
-    _clients.clear()
-
-
-os.register_at_fork(after_in_child=clear_s3_clients)
 
 
 def replace_object(path: str, old: bytes, new: bytes) -> None:
@@ -348,28 +315,6 @@ def _split(path: str) -> tuple[str, str]:
     if not bucket:
         raise ValueError(f"{path!r} names no bucket; an object is s3://BUCKET/NAME")
     return bucket, key
-
-
-def _settings(options: PipelineOptions | dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """Return Beam's S3 options, whichever form they have, as something that can be a key."""
-    if not isinstance(options, dict):
-        options = (options or PipelineOptions([])).view_as(S3Options).get_all_options()
-    return tuple((name, options[name]) for name in sorted(options) if name.startswith("s3_"))
-
-
-def _new_client(options: dict[str, Any]) -> Any:
-    return boto3.Session().client(
-        "s3",
-        endpoint_url=options.get("s3_endpoint_url"),
-        region_name=options.get("s3_region_name"),
-        api_version=options.get("s3_api_version"),
-        verify=options.get("s3_verify"),
-        use_ssl=not options.get("s3_disable_ssl"),
-        aws_access_key_id=options.get("s3_access_key_id"),
-        aws_secret_access_key=options.get("s3_secret_access_key"),
-        aws_session_token=options.get("s3_session_token"),
-        config=Config(max_pool_connections=_CONNECTIONS, user_agent_extra="beam-envelope"),
-    )
 
 
 @contextmanager

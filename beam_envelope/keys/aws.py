@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, urlencode
 
-import boto3
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
@@ -24,10 +21,15 @@ from beam_envelope.errors import (
     TamperedError,
     WrongKeyError,
 )
+from beam_envelope.keys.aws_credentials import Identity, check_role, clear_sessions, new_client
+from beam_envelope.keys.defaults import option, option_or_environment
 from beam_envelope.keys.provider import DATA_KEY_BYTES, DATA_KEY_SIZES, DataKey, KeyProvider, WrappedKey, kms_calls
+from beam_envelope.keys.wire_log import wire_log_off
 
 _ARN: Final = re.compile(r"arn:(?P<partition>[\w-]+):kms:(?P<region>[\w-]+):(?P<account>\d+):(?P<resource>.+)")
-_SETTINGS: Final = ("region", "profile", "endpoint_url")
+_IDENTITY: Final = tuple(field.name for field in fields(Identity))
+_SETTINGS: Final = ("region", "profile", "endpoint_url", *_IDENTITY[1:])
+_FORM: Final = "aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...&role_arn=...]"
 _PERMISSION: Final = {
     "GenerateDataKey": "kms:GenerateDataKey",
     "Encrypt": "kms:Encrypt",
@@ -47,6 +49,14 @@ class AwsKms(KeyProvider):
         profile: a profile of the AWS configuration. Default: the usual credentials chain.
         endpoint_url: another endpoint, such as a VPC endpoint. Default: the usual AWS settings
             (`AWS_ENDPOINT_URL_KMS`, `AWS_ENDPOINT_URL`).
+        role_arn: a role to assume. This and what follows: `aws_credentials.Identity` and docs/credentials.md.
+        external_id: what the role's trust policy may ask for.
+        session_name: how CloudTrail shows the role's session.
+        web_identity: `google`, to assume the role with the identity token of a Google Cloud machine.
+        audience: for whom that token is.
+
+    What is not given comes from the pipeline options `--envelope_aws_region`, `--envelope_aws_role_arn` and so on, then
+    from the environment (`BEAM_ENVELOPE_AWS_ROLE_ARN`).
 
     Permissions on the key: `kms:GenerateDataKey` to write, `kms:Decrypt` to read, `kms:Encrypt` for every key after the
     first when writing under several, `kms:ReEncryptFrom` and `kms:ReEncryptTo` to rotate.
@@ -56,27 +66,37 @@ class AwsKms(KeyProvider):
     region: str | None = None
     profile: str | None = None
     endpoint_url: str | None = None
+    role_arn: str | None = None
+    external_id: str | None = None
+    session_name: str | None = None
+    web_identity: str | None = None
+    audience: str | None = None
 
     provider: ClassVar[str] = "aws-kms"
 
     def __post_init__(self) -> None:
-        """Take the region from an ARN."""
+        """Take the region from an ARN. Raises FormatError: a setting is not of the right form."""
         arn = _ARN.fullmatch(self.key_id)
         if self.key_id.startswith("arn:") and arn is None:
             msg = f"{self.key_id!r} is not the ARN of a KMS key; one looks like arn:aws:kms:REGION:ACCOUNT:key/ID"
             raise FormatError(msg)
         if arn is not None and self.region is None:
             object.__setattr__(self, "region", arn["region"])
+        check_role(self.role_arn, self.web_identity)
 
     @classmethod
     def from_uri(cls, uri: str) -> AwsKms:
-        """Parse `aws-kms://KEY_ID` or `aws-kms://KEY_ID?region=...&profile=...&endpoint_url=...`."""
+        """Parse `aws-kms://KEY_ID` or `aws-kms://KEY_ID?region=...&role_arn=...`, with any arguments of the class."""
         key_id, _, query = uri.removeprefix(f"{cls.provider}://").partition("?")
         settings = dict(parse_qsl(query))
         if not key_id or not settings.keys() <= set(_SETTINGS):
-            msg = f"{uri!r} is not of the form aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...]"
+            msg = f"{uri!r} is not of the form {_FORM}"
             raise FormatError(msg)
         return replace(cls(key_id), **settings)
+
+    def with_options(self) -> AwsKms:
+        """Return the key with the pipeline's options for what it does not say, so that they travel with it."""
+        return self._filled(option)
 
     def generate_data_key(self, context: Mapping[str, str]) -> DataKey:
         """Call GenerateDataKey for 32 bytes. Raises KeyAccessError, KmsUnavailableError."""
@@ -181,16 +201,25 @@ class AwsKms(KeyProvider):
             del settings["region"]
         return f"{self.provider}://{self.key_id}" + (f"?{urlencode(settings, safe=':/')}" if settings else "")
 
-    def _service(self) -> tuple[str | None, ...]:
+    def _filled(self, source: Callable[[str], Any]) -> AwsKms:
+        """Return the key with what `source` has for settings that the key does not say."""
+        found = {name: source(f"aws_{name}") for name in _SETTINGS if getattr(self, name) is None}
+        found = {name: value for name, value in found.items() if value is not None}
+        return replace(self, **found) if found else self
+
+    def _identity(self) -> Identity:
+        return Identity(**{name: getattr(self, name) for name in _IDENTITY})
+
+    def _service(self) -> tuple[object, ...]:
         """Return which KMS service, with whose credentials, a request goes to, also where the AWS settings say it."""
         meta = self._client("ReEncrypt").meta
-        return (meta.region_name, meta.endpoint_url, self.profile)
+        return (meta.region_name, meta.endpoint_url, self._filled(option_or_environment)._identity())  # noqa: SLF001
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:  # as boto3 has it
         kms_calls.counts[operation] += 1
         try:
             method = getattr(self._client(operation), _METHOD[operation])
-            with _wire_log_off():
+            with wire_log_off():
                 answer: dict[str, Any] = method(**arguments)
         except boto_errors.ClientError as error:
             raise self._refused(operation, error) from None
@@ -199,8 +228,9 @@ class AwsKms(KeyProvider):
         return answer
 
     def _client(self, operation: str) -> Any:  # boto3's client
+        full = self._filled(option_or_environment)
         try:
-            return _client(self.region, self.profile, self.endpoint_url)
+            return _client(full.region, full.endpoint_url, full._identity())  # noqa: SLF001  # the same class
         except ValueError as error:  # botocore's own InvalidRegionError is one, too
             msg = f"the region or the endpoint of {self} is not of the right form: {error}"
             raise FormatError(msg) from None
@@ -279,16 +309,17 @@ _SERVER_ERROR: Final = 500
 
 # One client per configuration and process: a boto3 Session costs 100 to 280 ms, and clients are thread-safe.
 _lock = threading.Lock()
-_clients: dict[tuple[str | None, ...], Any] = {}
+_clients: dict[tuple[object, ...], Any] = {}
 
 
-def _client(region: str | None, profile: str | None, endpoint_url: str | None) -> Any:  # boto3's client
-    key = (region, profile, endpoint_url)
+def _client(region: str | None, endpoint_url: str | None, identity: Identity) -> Any:  # boto3's client
+    key = (region, endpoint_url, identity)
     with _lock:
         if key not in _clients:
-            session = boto3.Session(profile_name=profile, region_name=region)
-            _clients[key] = session.client(
+            _clients[key] = new_client(
                 "kms",
+                identity,
+                region,
                 endpoint_url=endpoint_url,
                 config=Config(
                     connect_timeout=5,
@@ -303,35 +334,11 @@ def _client(region: str | None, profile: str | None, endpoint_url: str | None) -
 
 
 def clear_clients() -> None:
-    """Forget all clients, so that changed AWS settings are read anew."""
+    """Forget all clients and the credentials of roles, so that changed AWS settings are read anew."""
     global _lock  # noqa: PLW0603  # a lock held by another thread at fork stays locked in the child
     _lock = threading.Lock()
     _clients.clear()
+    clear_sessions()
 
 
 os.register_at_fork(after_in_child=clear_clients)
-
-
-class _WireLogFilter(logging.Filter):
-    """Drops records while a KMS call of this thread runs: at DEBUG, botocore logs bodies, which hold plaintext keys."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state = threading.local()
-
-    def filter(self, _record: logging.LogRecord) -> bool:
-        return not getattr(self.state, "off", False)
-
-
-_filter: Final = _WireLogFilter()
-for _name in ("botocore.parsers", "botocore.endpoint", "botocore.httpsession", "botocore.hooks", "botocore.auth"):
-    logging.getLogger(_name).addFilter(_filter)
-
-
-@contextmanager
-def _wire_log_off() -> Iterator[None]:
-    _filter.state.off = True
-    try:
-        yield
-    finally:
-        _filter.state.off = False

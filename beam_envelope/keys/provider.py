@@ -174,6 +174,10 @@ class KeyProvider(abc.ABC):
     def may_open(self, wrapped: WrappedKey) -> bool:
         """Whether this key may be the one that wrapped it, as far as can be told without a call."""
 
+    def with_options(self) -> KeyProvider:
+        """Return the key with the pipeline's options for what it does not say itself; it then takes them along."""
+        return self
+
     def full_name(self) -> str:
         """Return the KMS key's full name, as wrapped keys record it (`WrappedKey.kms_key`).
 

@@ -22,17 +22,19 @@ _PROVIDERS: Final[dict[str, Callable[[str], KeyProvider]]] = {
 
 
 def open_key(key: Key) -> KeyProvider:
-    """Return the provider that a URI names; a provider is returned as it is. No call is made to a KMS.
+    """Return the provider that a URI names, or a provider that is given, with the pipeline's options that concern it.
+
+    No call is made to a KMS.
 
     Raises:
         FormatError: the URI's scheme or form is unknown.
 
     Example:
         >>> open_key("aws-kms://alias/etl?region=eu-west-1")
-        AwsKms(key_id='alias/etl', region='eu-west-1', profile=None, endpoint_url=None)
+        AwsKms(key_id='alias/etl', region='eu-west-1', profile=None, endpoint_url=None, role_arn=None, ...)
     """
     if isinstance(key, KeyProvider):
-        return key
+        return key.with_options()
     if not isinstance(key, str):
         msg = f"a key is a URI or a key provider such as AwsKms('alias/etl'), not a {type(key).__name__}"
         raise TypeError(msg)
@@ -41,7 +43,7 @@ def open_key(key: Key) -> KeyProvider:
         known = ", ".join(f"{name}://" for name in _PROVIDERS)
         msg = f"the key {key!r} does not start with a scheme that is known: {known} (for example aws-kms://alias/etl)"
         raise FormatError(msg)
-    return _PROVIDERS[scheme](key)
+    return _PROVIDERS[scheme](key).with_options()
 
 
 def open_keys(keys: Key | Sequence[Key]) -> tuple[KeyProvider, ...]:

@@ -22,6 +22,7 @@ from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES
 from beam_envelope.formats.shard import open_sealed
 from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.io import s3
+from beam_envelope.io import s3_client as client_module
 from beam_envelope.io.s3 import S3Store, clear_s3_clients, s3_client
 from beam_envelope.io.store import quote_glob, read_small
 from tests.wire import s3_answer, s3_error
@@ -909,7 +910,7 @@ class TestClient:
 
     def test_looking_it_up_is_quick(self, boto, monkeypatch):
         s3_client()
-        monkeypatch.setattr(s3, "_settings", None)  # reading the options takes longer than a request
+        monkeypatch.setattr(client_module, "_settings", None)  # reading the options takes longer than a request
         s3_client()
 
     @pytest.mark.parametrize("form", ["options", "dict"])  # Beam's filesystems may be given either
@@ -943,12 +944,12 @@ class TestClient:
 
     def test_a_child_of_a_fork_makes_its_own(self, boto):
         ours = s3_client()
-        with s3._lock:  # held by another thread at the time of the fork, say
+        with client_module._lock:  # held by another thread at the time of the fork, say
             child = os.fork()
             if not child:
                 try:
                     signal.alarm(30)
-                    fresh = not s3._clients and s3_client() is not ours
+                    fresh = not client_module._clients and s3_client() is not ours
                     os._exit(0 if fresh and S3Store().size("s3://bucket/none") is None else 1)
                 finally:
                     os._exit(2)

@@ -76,7 +76,8 @@ def test_an_unknown_scheme_is_named_with_those_that_are_known(uri):
 def test_a_wrong_aws_uri_is_shown_the_form(uri):
     with pytest.raises(FormatError) as caught:
         open_key(uri)
-    assert str(caught.value) == f"{uri!r} is not of the form aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...]"
+    form = "aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...&role_arn=...]"
+    assert str(caught.value) == f"{uri!r} is not of the form {form}"
 
 
 @pytest.mark.parametrize("uri", ["local-kms://", "local-kms://a?b=c", "local-kms://a?name=", "local-kms://?name=a"])
