@@ -217,9 +217,7 @@ class _AssumedRole(CredentialProvider):
         if code in _DENIED or (google and code in _NOT_TAKEN):
             return KeyAccessError(f"{self._google_denied() if google else self._denied(message)}. {said}")
         if code == "ValidationError":
-            return FormatError(
-                f"AWS does not take the role {self._role_arn}, its session name or its external id. {said}"
-            )
+            return FormatError(f"{self._wrong()}. {said}")
         if status >= _SERVER_ERROR or "Throttl" in code or code == "IDPCommunicationError":
             return KmsUnavailableError(
                 f"AWS STS did not give the credentials of role {self._role_arn} after all retries; run the job again. "
@@ -229,6 +227,9 @@ class _AssumedRole(CredentialProvider):
             f"AWS STS refused to give the credentials of role {self._role_arn}; check the credentials that assume it "
             f"(aws sts get-caller-identity shows whose they are). {said}"
         )
+
+    def _wrong(self) -> str:
+        return f"AWS does not take the role {self._role_arn}, its session name or its external id"
 
     def _denied(self, message: str) -> str:
         found = _SAID_USER.search(message)
@@ -276,6 +277,8 @@ class _AssumedRole(CredentialProvider):
                 f"no AWS region is set to assume role {self._role_arn} in. Set AWS_DEFAULT_REGION, or name the key's "
                 "region (aws-kms://...?region=REGION)"
             )
+        if isinstance(error, boto_errors.ParamValidationError):
+            return FormatError(f"{self._wrong()}. {error}")
         if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
             return KmsUnavailableError(
                 f"AWS STS could not be reached to assume role {self._role_arn}: {error}. Check network and endpoint "
