@@ -31,7 +31,7 @@ from beam_envelope.keys.vault import Vault
 if TYPE_CHECKING:
     from beam_envelope.formats.parquet import create_parquet, open_parquet
     from beam_envelope.io.fileio import WriteEncryptedFiles
-    from beam_envelope.io.filesystem import register_filesystem
+    from beam_envelope.io.filesystem import EncryptedPath, register_filesystem
     from beam_envelope.io.options import EnvelopeOptions
     from beam_envelope.io.parquet_bundle import EncryptedParquetFile
     from beam_envelope.io.parquet_read import (
@@ -79,6 +79,7 @@ __all__ = [
     "EncryptTables",
     "EncryptedFile",
     "EncryptedParquetFile",
+    "EncryptedPath",
     "EncryptedTable",
     "EnvelopeError",
     "EnvelopeOptions",
@@ -143,6 +144,7 @@ _LATE = {
     "EncryptedTable": "beam_envelope.transforms.table_plan",
     "EncryptedFile": "beam_envelope.transforms.plan",
     "EncryptedParquetFile": "beam_envelope.io.parquet_bundle",
+    "EncryptedPath": "beam_envelope.io.filesystem",
     "EnvelopeOptions": "beam_envelope.io.options",
     "FailedFile": "beam_envelope.transforms.plan",
     "FailedRecord": "beam_envelope.transforms.elements",

@@ -26,9 +26,9 @@ def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards and their key files go")
     parser.add_argument(
         "--key",
-        required=True,
         action="append",
-        help=f"{KEY_HELP}. Give it again for more keys: any one opens the shards",
+        help=f"{KEY_HELP}. Give it again for more keys: any one opens the shards. Default: --envelope_key, or "
+        "BEAM_ENVELOPE_KEY",
     )
     add_context_argument(parser, "given again to decrypt; KMS logs and key files show it, so nothing secret")
     parser.add_argument(
@@ -151,7 +151,11 @@ def add_keygen_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every reader needs: the allowed keys and the context."""
-    parser.add_argument("--key", required=True, action="append", help=f"{KEY_HELP}. Give it again to allow more keys")
+    parser.add_argument(
+        "--key",
+        action="append",
+        help=f"{KEY_HELP}. Give it again to allow more keys. Default: --envelope_key, or BEAM_ENVELOPE_KEY",
+    )
     add_context_argument(parser, "the context that the shards were written with")
     parser.add_argument("--any-context", action="store_true", help="accept shards of any context")
     parser.add_argument(

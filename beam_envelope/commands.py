@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Final
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 from rich.filesize import decimal
@@ -39,7 +38,6 @@ _UNITS: Final = (("d", 86400), ("h", 3600), ("min", 60))
 def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Run one command; return its exit status. Raises what the transforms raise."""
     arguments, options = jobs.parse(parser, words)
-    FileSystems.set_options(options)
     if command == "encrypt":
         transform = jobs.encrypt_transform(arguments)
         tasks = jobs.plan_tasks(transform.plan, arguments.patterns)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions, _BeamArgumentParser
 from apache_beam.portability.api import beam_provision_api_pb2
@@ -28,11 +29,12 @@ from apache_beam.transforms.error_handling import CollectingErrorHandler
 
 from beam_envelope import table_arguments
 from beam_envelope.arguments import context_of
-from beam_envelope.errors import EnvelopeError
+from beam_envelope.errors import EnvelopeError, FormatError
 from beam_envelope.io.store import existing, same_place, store_of
 from beam_envelope.keys.cache import generate_data_key
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import open_keys
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
 from beam_envelope.transforms.metrics import NAMESPACE
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, as_folder, unique_task
@@ -52,7 +54,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     """Parse our arguments, and Beam's behind them.
 
     An option that neither knows ends the program with status 2: Beam would ignore it, and a misspelt `--context` would
-    encrypt without one.
+    encrypt without one. What our arguments do not say comes from our options (`--envelope_key`), then the environment.
     """
     arguments, rest = parser.parse_known_args(argv)
     beam_parser = _BeamArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
@@ -66,7 +68,25 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
             hint = f"did you mean {close[0]}?" if close else "neither beam-envelope nor Beam has it"
             parser.error(f"unknown option {word}: {hint}")
         parser.error(f"{word!r} is left over: give all files and patterns together, before the options")
-    return arguments, PipelineOptions(rest)
+    given = PipelineOptions(rest)
+    FileSystems.set_options(given)  # they hold from here on, also for keys
+    _fill(parser, arguments)
+    return arguments, given
+
+
+def _fill(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Take key and context from where they are set, for commands that have them and were not given them."""
+    if hasattr(arguments, "key") and not arguments.key:
+        try:
+            arguments.key = list(chosen_keys(None))
+        except (ValueError, FormatError) as error:
+            parser.error(str(error))
+    if getattr(arguments, "context", None) == [] and not getattr(arguments, "any_context", False):
+        expected = expected_context(None) if hasattr(arguments, "any_context") else written_context(None)
+        if isinstance(expected, AnyContext):
+            arguments.any_context = True
+        else:
+            arguments.context = [f"{name}={value}" for name, value in expected.items()]
 
 
 def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTables:

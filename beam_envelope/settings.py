@@ -1,19 +1,25 @@
-"""Which keys and which context hold where a path is all that a caller gives, such as for the filesystems.
+"""Which keys and which context hold where a caller does not give them, such as for a path of the filesystems.
 
-What is not given comes from the environment: `BEAM_ENVELOPE_KEY`, and so on. Nothing here is a secret.
+The order is that of docs/configuration.md: an argument, then the pipeline's option (`--envelope_key`), then the
+environment (`BEAM_ENVELOPE_KEY`). Nothing here is a secret.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from beam_envelope.arguments import parse_context
 from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
+from beam_envelope.keys.defaults import environment, option
 from beam_envelope.keys.provider import KeyProvider
-from beam_envelope.keys.uri import open_keys
+from beam_envelope.keys.uri import Key, open_keys
+
+_NO_KEY: Final = (
+    "no key is set: pass key='aws-kms://alias/NAME' (--key), give --envelope_key=aws-kms://alias/NAME as a pipeline "
+    "option (make the pipeline with its options before the transform), or set BEAM_ENVELOPE_KEY"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Settings:
 
 
 def settings_of(*, key: Any = None, context: Any = None, any_context: bool | None = None, missing: str) -> Settings:
-    """Return settings as given; what is None comes from the environment.
+    """Return settings as given; what is None comes from the pipeline's options, then from the environment.
 
     Args:
         key: a KMS key, as URI or provider, or several. In BEAM_ENVELOPE_KEY: URIs with spaces between them.
@@ -53,14 +59,34 @@ def settings_of(*, key: Any = None, context: Any = None, any_context: bool | Non
         FormatError: a key's URI is wrong.
     """
     if key is None:
-        key = os.environ.get("BEAM_ENVELOPE_KEY", "").split()
-    if context is None:
-        context = os.environ.get("BEAM_ENVELOPE_CONTEXT", "")
-    if isinstance(context, str):
-        context = context.split(",") if context else []
+        key = option("key") or (environment("key") or "").split()
     if any_context is None:
-        any_context = bool(os.environ.get("BEAM_ENVELOPE_ANY_CONTEXT"))
+        any_context = bool(option("any_context") or environment("any_context"))
     if not key:
         raise ValueError(missing)
-    pairs = checked_context(context) if isinstance(context, Mapping) else parse_context(context)
-    return Settings(open_keys(key), pairs, any_context)
+    return Settings(open_keys(key), _pairs(context), any_context)
+
+
+def chosen_keys(key: Key | Sequence[Key] | None) -> tuple[KeyProvider, ...]:
+    """Return the keys of a transform: those given, or else those that are set. Raises as `settings_of`."""
+    return open_keys(key) if key is not None else settings_of(context={}, any_context=False, missing=_NO_KEY).keys
+
+
+def written_context(context: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the context that a transform writes with: that given, or else the one that is set. Raises ValueError."""
+    return _pairs(context)
+
+
+def expected_context(context: Mapping[str, str] | AnyContext | None) -> dict[str, str] | AnyContext:
+    """Return the context that a transform expects: that given, or else the one that is set. Raises ValueError."""
+    if context is None and (option("any_context") or environment("any_context")):
+        return ANY_CONTEXT
+    return context if isinstance(context, AnyContext) else _pairs(context)
+
+
+def _pairs(context: Any) -> dict[str, str]:
+    if context is None:
+        context = option("context") or environment("context") or ()
+    if isinstance(context, Mapping):
+        return checked_context(context)
+    return parse_context(context.split(",") if isinstance(context, str) and context else context)

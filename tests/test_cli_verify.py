@@ -170,7 +170,7 @@ def test_a_mistake_is_one_clear_line_and_status_1(run, tmp_path, words, message)
 
 def test_a_wrong_command_line_is_status_2(run):
     status, _, err = run("sealed")
-    assert (status, "the following arguments are required: --key" in err) == (2, True)
+    assert (status, "no key is set: pass key=" in err) == (2, True)
     status, _, err = run("sealed", *OURS, "--quik")
     assert (status, "did you mean --quick?" in err) == (2, True)
 

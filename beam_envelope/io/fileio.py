@@ -27,6 +27,7 @@ from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
 from beam_envelope.keys.context import checked_context
 from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.settings import chosen_keys, written_context
 
 
 class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[Any]"]):
@@ -60,7 +61,7 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
         self,
         path: str,
         *,
-        key: Key | Sequence[Key] | Callable[[str], Key | Sequence[Key]],
+        key: Key | Sequence[Key] | Callable[[str], Key | Sequence[Key]] | None = None,
         context: Mapping[str, str] | Callable[[str], Mapping[str, str]] | None = None,
         sink: Any = None,
         destination: Any = None,
@@ -105,8 +106,8 @@ class _SettingsOf:
     """The keys and the context of a destination."""
 
     def __init__(self, key: Any, context: Any) -> None:
-        self._key = key if callable(key) else open_keys(key)
-        self._context = context if callable(context) else checked_context(context)
+        self._key = key if callable(key) else chosen_keys(key)
+        self._context = context if callable(context) else written_context(context)
 
     def __call__(self, destination: str) -> Settings:
         key = self._key(destination) if callable(self._key) else self._key

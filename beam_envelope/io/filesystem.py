@@ -47,6 +47,30 @@ def register_filesystem(options: PipelineOptions) -> PipelineOptions:
     return options
 
 
+class EncryptedPath(str):
+    """An envelope path whose pickle imports this module, so that a worker that opens it knows the filesystems.
+
+    Beam's `--beam_plugins` does that wherever pipeline options reach the workers. They do not reach a pool of external
+    workers (`worker_pool_main`) without a boot program; there, give this to Beam's IOs in place of the text.
+
+    Args:
+        path: a path with or without its `envelope+`.
+
+    Example:
+        >>> lines | beam.io.WriteToText(EncryptedPath("s3://sealed/part"))
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, path: str) -> EncryptedPath:
+        """Return the envelope path."""
+        return super().__new__(cls, outer_path(inner_path(path)))
+
+    def __str__(self) -> str:
+        """Return the path itself: Beam's IOs keep `str(path)`, which would be pickled without its class."""
+        return self
+
+
 class SettingsMimeType(str):
     """A MIME type that carries settings to `create`: the one thing that Beam passes on from a destination's sink."""
 

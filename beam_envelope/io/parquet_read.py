@@ -20,9 +20,10 @@ from beam_envelope.io.filesystem import PREFIX
 from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
 from beam_envelope.io.parquet_rows import row_type, to_rows
 from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_glob, store_of
-from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.settings import chosen_keys, expected_context
 from beam_envelope.transforms.metrics import Progress
 
 _RANGE_ROWS: Final = 1 << 20
@@ -95,7 +96,7 @@ class ReadSettings:
     def of(
         cls,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         columns: Sequence[str] | None = None,
         filter: Filter = None,  # noqa: A002  # as pyarrow
@@ -112,9 +113,9 @@ class ReadSettings:
             raise ValueError(f"on_denied is 'error', 'null' or 'drop', not {on_denied!r}")
         if batch_rows <= 0:
             raise ValueError(f"batch_rows is above 0, not {batch_rows}")
-        expected = context if isinstance(context, AnyContext) else checked_context(context)
+        expected = expected_context(context)
         chosen = None if columns is None else tuple(columns)
-        keys = open_keys(key)
+        keys = chosen_keys(key)
         listed = ManifestReader(checked_mode(manifest), keys, expected)
         return cls(keys, expected, chosen, filter, on_denied, batch_rows, with_filename, validate, listed)
 

@@ -40,8 +40,8 @@ from beam_envelope.io.parquet_names import clean, named_alone, named_together, p
 from beam_envelope.io.parquet_rows import TableMaker, schema_of
 from beam_envelope.io.store import split_path
 from beam_envelope.keys.cache import DataKeyPolicy
-from beam_envelope.keys.context import checked_context
 from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, written_context
 from beam_envelope.transforms.metrics import Progress
 
 _ROW_GROUP_ROWS: Final = 1 << 20
@@ -128,8 +128,8 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         self._template, self._num_shards, self._policy = shard_name_template, num_shards, policy
         self._lists = manifest
         self._settings = FileSettings(
-            ColumnKeys.of(key, columns),
-            checked_context(context),
+            ColumnKeys.of(key if key is not None or columns else chosen_keys(None), columns),
+            written_context(context),
             schema,
             limits,
             file_name_suffix,

@@ -13,6 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, S3Options
 from botocore.config import Config
 
+from beam_envelope.io import options as _  # noqa: F401  # so that `s3_identity` finds the pipeline's options
 from beam_envelope.keys.aws_credentials import Identity, clear_sessions, new_client, s3_identity
 from beam_envelope.keys.wire_log import silence
 

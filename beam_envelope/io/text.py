@@ -24,8 +24,9 @@ from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check
 from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings, use_settings
 from beam_envelope.io.store import expand, key_file_path, split_path
-from beam_envelope.keys.context import AnyContext, checked_context
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.context import AnyContext
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 
 
 class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[str]"]):
@@ -54,14 +55,14 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         self,
         file_path_prefix: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | None = None,
         manifest: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
         self._folder = split_path(inner_path(file_path_prefix))[0] if manifest else None
-        self._settings = Settings(open_keys(key), checked_context(context))
+        self._settings = Settings(chosen_keys(key), written_context(context))
         self._write = textio.WriteToText(_enveloped(file_path_prefix), **options)
         self._write._sink = _carry(self._write._sink, _TextSink, self._settings)  # noqa: SLF001  # where WriteToText has it
 
@@ -105,7 +106,7 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
         self,
         file_pattern: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
         manifest: ManifestMode = "use",
@@ -142,7 +143,7 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
     def __init__(
         self,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
         manifest: ManifestMode = "use",
@@ -262,10 +263,11 @@ def _enveloped(path: str) -> str:
     return outer_path(inner_path(path))
 
 
-def _reader_settings(key: Key | Sequence[Key], context: Mapping[str, str] | AnyContext | None) -> Settings:
-    if isinstance(context, AnyContext):
-        return Settings(open_keys(key), {}, any_context=True)
-    return Settings(open_keys(key), checked_context(context))
+def _reader_settings(key: Key | Sequence[Key] | None, context: Mapping[str, str] | AnyContext | None) -> Settings:
+    expected = expected_context(context)
+    if isinstance(expected, AnyContext):
+        return Settings(chosen_keys(key), {}, any_context=True)
+    return Settings(chosen_keys(key), expected)
 
 
 def _with_inner_paths(lines: beam.PCollection[Any], with_filename: bool) -> beam.PCollection[Any]:  # noqa: FBT001

@@ -207,13 +207,21 @@ class AwsKms(KeyProvider):
         found = {name: value for name, value in found.items() if value is not None}
         return replace(self, **found) if found else self
 
+    def _full(self) -> AwsKms:
+        """Return the key with all that holds in this process. Raises KeyAccessError: a setting is wrong."""
+        try:
+            return self._filled(option_or_environment)
+        except FormatError as error:  # of a worker's settings, so it must not become a dead letter of each file
+            msg = f"{error}. It comes from --envelope_aws_... or BEAM_ENVELOPE_AWS_..."
+            raise KeyAccessError(msg) from None
+
     def _identity(self) -> Identity:
         return Identity(**{name: getattr(self, name) for name in _IDENTITY})
 
     def _service(self) -> tuple[object, ...]:
         """Return which KMS service, with whose credentials, a request goes to, also where the AWS settings say it."""
         meta = self._client("ReEncrypt").meta
-        return (meta.region_name, meta.endpoint_url, self._filled(option_or_environment)._identity())  # noqa: SLF001
+        return (meta.region_name, meta.endpoint_url, self._full()._identity())  # noqa: SLF001
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:  # as boto3 has it
         kms_calls.counts[operation] += 1
@@ -228,7 +236,7 @@ class AwsKms(KeyProvider):
         return answer
 
     def _client(self, operation: str) -> Any:  # boto3's client
-        full = self._filled(option_or_environment)
+        full = self._full()
         try:
             return _client(full.region, full.endpoint_url, full._identity())  # noqa: SLF001  # the same class
         except ValueError as error:  # botocore's own InvalidRegionError is one, too

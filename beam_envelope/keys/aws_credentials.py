@@ -63,7 +63,8 @@ class Identity:
         audience: for whom that token is. Default: `sts.amazonaws.com`.
 
     Raises:
-        FormatError: the settings do not go together.
+        FormatError: a setting is not of the right form.
+        KeyAccessError: the settings do not go together. (A FormatError could become a dead letter of each file.)
     """
 
     profile: str | None = None
@@ -81,10 +82,10 @@ class Identity:
                 "web_identity=google needs the role to assume: give --envelope_aws_role_arn="
                 "arn:aws:iam::ACCOUNT:role/NAME, or BEAM_ENVELOPE_AWS_ROLE_ARN where options do not reach the workers"
             )
-            raise FormatError(msg)
+            raise KeyAccessError(msg)
         if self.web_identity is not None and self.external_id is not None:
             msg = "an external id is not for web_identity=google, whose trust policy names an audience; leave it out"
-            raise FormatError(msg)
+            raise KeyAccessError(msg)
 
 
 def check_role(role_arn: str | None, web_identity: str | None) -> None:
@@ -104,14 +105,14 @@ def s3_identity() -> Identity:
     """Return who calls S3: with `aws_role_for_s3`, the role of the options or the environment; else, the usual chain.
 
     Raises:
-        FormatError: the settings do not go together.
+        KeyAccessError, FormatError: as `Identity`.
     """
     if not option_or_environment("aws_role_for_s3"):
         return Identity()
     identity = Identity(**{field.name: option_or_environment(f"aws_{field.name}") for field in fields(Identity)})
     if identity.role_arn is None:
         msg = "envelope_aws_role_for_s3 needs a role: give --envelope_aws_role_arn=arn:aws:iam::ACCOUNT:role/NAME"
-        raise FormatError(msg)
+        raise KeyAccessError(msg)
     return identity
 
 
@@ -217,7 +218,7 @@ class _AssumedRole(CredentialProvider):
         if code in _DENIED or (google and code in _NOT_TAKEN):
             return KeyAccessError(f"{self._google_denied() if google else self._denied(message)}. {said}")
         if code == "ValidationError":
-            return FormatError(f"{self._wrong()}. {said}")
+            return KeyAccessError(f"{self._wrong()}. {said}")
         if status >= _SERVER_ERROR or "Throttl" in code or code == "IDPCommunicationError":
             return KmsUnavailableError(
                 f"AWS STS did not give the credentials of role {self._role_arn} after all retries; run the job again. "
@@ -278,7 +279,7 @@ class _AssumedRole(CredentialProvider):
                 "region (aws-kms://...?region=REGION)"
             )
         if isinstance(error, boto_errors.ParamValidationError):
-            return FormatError(f"{self._wrong()}. {error}")
+            return KeyAccessError(f"{self._wrong()}. {error}")
         if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
             return KmsUnavailableError(
                 f"AWS STS could not be reached to assume role {self._role_arn}: {error}. Check network and endpoint "

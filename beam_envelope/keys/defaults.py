@@ -6,29 +6,28 @@ Nothing here is a secret. `beam_envelope.io.options` says which options there ar
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 PREFIX: Final = "BEAM_ENVELOPE_"
-_NOTHING: Final[Mapping[str, Any]] = {}
 
 
-def _no_options() -> Mapping[str, Any]:
-    return _NOTHING
+def _no_option(_name: str) -> Any:
+    return None
 
 
-_options: Callable[[], Mapping[str, Any]] = _no_options
+_source: Callable[[str], Any] = _no_option
 
 
-def set_options_source(source: Callable[[], Mapping[str, Any]]) -> None:
-    """Have `option` ask `source` for the pipeline's options: a mapping by name, without the `envelope_`."""
-    global _options  # noqa: PLW0603  # keys/ knows no Beam, so Beam's side comes here
-    _options = source
+def set_options_source(source: Callable[[str], Any]) -> None:
+    """Have `option` ask `source` for the pipeline's options, by their name without the `envelope_`."""
+    global _source  # noqa: PLW0603  # keys/ knows no Beam, so Beam's side comes here
+    _source = source
 
 
 def option(name: str) -> Any:
-    """Return the pipeline option `--envelope_NAME` of this process, or None."""
-    return _options().get(name) or None
+    """Return the pipeline option `--envelope_NAME` as this process has it, or None if it is not set or empty."""
+    return _source(name) or None
 
 
 def environment(name: str) -> str | None:

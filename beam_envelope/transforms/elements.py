@@ -23,9 +23,10 @@ from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
 from beam_envelope.io.keystore import open_key_store
 from beam_envelope.keys import cache
 from beam_envelope.keys.cache import DataKeyPolicy
-from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.metrics import Progress
 
 Bundle = TypeVar("Bundle")
@@ -128,7 +129,7 @@ class ReadKeys:
 
 
 def write_keys(
-    key: Key | Sequence[Key],
+    key: Key | Sequence[Key] | None,
     keys: str | os.PathLike[str] | KeyStore,
     context: Mapping[str, str] | None,
     policy: DataKeyPolicy | None,
@@ -140,18 +141,19 @@ def write_keys(
     Raises:
         ValueError, TypeError, FormatError: one is not of the right form.
     """
-    pairs = tuple(checked_context(context).items())
-    return WriteKeys(open_keys(key), open_key_store(keys), pairs, policy, checked_key_name(dataset_key), cipher)
+    pairs = tuple(written_context(context).items())
+    return WriteKeys(chosen_keys(key), open_key_store(keys), pairs, policy, checked_key_name(dataset_key), cipher)
 
 
 def read_keys(
-    key: Key | Sequence[Key],
+    key: Key | Sequence[Key] | None,
     keys: str | os.PathLike[str] | KeyStore,
     context: Mapping[str, str] | AnyContext | None,
 ) -> ReadKeys:
     """Check the arguments that all decrypting transforms have. Raises as `write_keys`."""
-    expected = context if isinstance(context, AnyContext) else tuple(checked_context(context).items())
-    return ReadKeys(open_keys(key), open_key_store(keys), expected)
+    expected = expected_context(context)
+    pairs = expected if isinstance(expected, AnyContext) else tuple(expected.items())
+    return ReadKeys(chosen_keys(key), open_key_store(keys), pairs)
 
 
 class KeyUsingDoFn(beam.DoFn, Generic[Bundle]):

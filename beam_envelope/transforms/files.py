@@ -23,9 +23,10 @@ from beam_envelope.io.options import Settings
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
-from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.file_work import FileDoFn, FilesTransform
 from beam_envelope.transforms.lines import blocks, line_bounds, parse_size, read_header
 from beam_envelope.transforms.metrics import Progress
@@ -76,7 +77,7 @@ class EncryptFiles(FilesTransform):
         self,
         output: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | None = None,
         split_lines: int | str | None = None,
         header_lines: int = 0,
@@ -100,7 +101,7 @@ class EncryptFiles(FilesTransform):
             msg = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
             raise ValueError(msg)
         work = _EncryptDoFn(
-            open_keys(key), checked_context(context), compression, if_exists, header_lines, policy or DataKeyPolicy()
+            chosen_keys(key), written_context(context), compression, if_exists, header_lines, policy or DataKeyPolicy()
         )
         super().__init__(plan, work)
         self.lists = manifest
@@ -134,15 +135,15 @@ class DecryptFiles(FilesTransform):
         self,
         output: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         if_exists: IfExists = "error",
         relative_to: str | None = None,
         manifest: ManifestMode = "use",
     ) -> None:
         """Check the arguments; nothing is called yet."""
-        keys = open_keys(key)
-        expected = context if isinstance(context, AnyContext) else checked_context(context)
+        keys = chosen_keys(key)
+        expected = expected_context(context)
         plan = DecryptPlan(
             as_folder(output),
             checked_if_exists(if_exists),

@@ -16,8 +16,9 @@ from beam_envelope.formats.dataset_key import DATASET_KEY
 from beam_envelope.formats.esdk import CommitmentPolicy
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.keys.cache import DataKeyPolicy
-from beam_envelope.keys.context import AnyContext, checked_context
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.context import AnyContext
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.coding import (
     Aad,
     CoderLike,
@@ -225,7 +226,7 @@ class EncryptRecords(ElementTransform):
     def __init__(  # noqa: PLR0913  # plain keyword arguments
         self,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         keys: str | os.PathLike[str] | KeyStore | None = None,
         context: Mapping[str, str] | None = None,
         coder: CoderLike = None,
@@ -246,7 +247,7 @@ class EncryptRecords(ElementTransform):
         self._form = _Form(checked_coder(coder, deterministic=deterministic), checked_aad(aad, keyed=keyed), keyed)
         self._keys: WriteKeys | MessageWriteKeys
         if keys is None:
-            self._keys = MessageWriteKeys(open_keys(key), tuple(checked_context(context).items()), policy)
+            self._keys = MessageWriteKeys(chosen_keys(key), tuple(written_context(context).items()), policy)
         else:
             self._keys = write_keys(key, keys, context, policy, dataset_key)
         self._siv, self._record_id = deterministic, record_id
@@ -290,7 +291,7 @@ class DecryptRecords(ElementTransform):
     def __init__(
         self,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         keys: str | os.PathLike[str] | KeyStore | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         coder: CoderLike = None,
@@ -305,8 +306,9 @@ class DecryptRecords(ElementTransform):
         self._form = _Form(checked_coder(coder), checked_aad(aad, keyed=keyed), keyed)
         self._keys: ReadKeys | MessageReadKeys
         if keys is None:
-            expected = context if isinstance(context, AnyContext) else tuple(checked_context(context).items())
-            self._keys = MessageReadKeys(open_keys(key), expected, commitment_policy)
+            expected = expected_context(context)
+            pairs = expected if isinstance(expected, AnyContext) else tuple(expected.items())
+            self._keys = MessageReadKeys(chosen_keys(key), pairs, commitment_policy)
             self._keys.decryptor()  # checks the policy
         else:
             self._keys = read_keys(key, keys, context)

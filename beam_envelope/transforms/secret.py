@@ -13,8 +13,8 @@ from beam_envelope.formats.dataset_key import checked_key_name, create_named_key
 from beam_envelope.formats.keyfile import FERNET_CIPHER
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.io.keystore import open_key_store
-from beam_envelope.keys.context import checked_context
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, written_context
 
 SECRET_NAME: Final = "group-by-encrypted-key"  # noqa: S105  # a name
 """The name of the secret in a key store where none is given."""
@@ -47,15 +47,15 @@ class AwsKmsSecret(Secret):
     def __init__(
         self,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         keys: str | os.PathLike[str] | KeyStore,
         context: Mapping[str, str] | None = None,
         name: str = SECRET_NAME,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
-        self._keys, self._store = open_keys(key), open_key_store(keys)
-        self._context, self._name = tuple(checked_context(context).items()), checked_key_name(name)
+        self._keys, self._store = chosen_keys(key), open_key_store(keys)
+        self._context, self._name = tuple(written_context(context).items()), checked_key_name(name)
 
     def get_secret_bytes(self) -> bytes:
         """Return 32 bytes in URL-safe base64: what `cryptography.fernet.Fernet` takes.

@@ -18,9 +18,10 @@ from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check
 from beam_envelope.io.store import key_file_path, read_small
 from beam_envelope.io.table_source import CsvTypes, TextTypes
 from beam_envelope.keys.cache import DataKeyPolicy
-from beam_envelope.keys.context import AnyContext, checked_context
+from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.elements import read_keys, write_keys
 from beam_envelope.transforms.file_work import FileDoFn, FilesTransform
 from beam_envelope.transforms.files import DecryptFiles, ShardReaderDoFn
@@ -83,7 +84,7 @@ class EncryptTables(FilesTransform):
         self,
         output: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         columns: Columns | None = None,
         context: Mapping[str, str] | None = None,
         cells: bool = False,
@@ -120,8 +121,9 @@ class EncryptTables(FilesTransform):
             work = EncryptCellsDoFn(kept, tuple(named), scopes, layout, types, form, if_exists)
         else:
             _refuse_for_cells(keys=keys, deterministic=scopes, layout=None if layout == "compact" else layout)
+            key = chosen_keys(key)
             column_keys = ColumnKeys.of(key, {name: key if own is None else own for name, own in named.items()})
-            pairs = checked_context(context)
+            pairs = written_context(context)
             work = EncryptParquetDoFn(column_keys, pairs, policy or DataKeyPolicy(), types, form, if_exists)
         super().__init__(plan, work)
         self.lists = manifest and not cells
@@ -168,7 +170,7 @@ class DecryptTables(FilesTransform):
         self,
         output: str,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         columns: Iterable[str] | None = None,
         cells: bool = False,
@@ -199,8 +201,8 @@ class DecryptTables(FilesTransform):
             listed = None
         else:
             _refuse_for_cells(keys=keys, deterministic=scopes)
-            expected = context if isinstance(context, AnyContext) else checked_context(context)
-            allowed = open_keys(key)
+            expected = expected_context(context)
+            allowed = chosen_keys(key)
             work = DecryptParquetDoFn(allowed, expected, names, on_denied, form, if_exists)
             listed = ManifestReader(checked_mode(manifest), allowed, expected)
         base = None if relative_to is None else as_folder(relative_to)

@@ -10,8 +10,9 @@ import apache_beam as beam
 from apache_beam import typehints
 
 from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, checked_mode
-from beam_envelope.keys.context import AnyContext, checked_context
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.context import AnyContext
+from beam_envelope.keys.uri import Key
+from beam_envelope.settings import chosen_keys, expected_context
 from beam_envelope.transforms.job_log import WriteLog, now
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.verify_find import Found, find_listed, printable_name
@@ -60,7 +61,7 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
     def __init__(
         self,
         *,
-        key: Key | Sequence[Key],
+        key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | AnyContext | None = None,
         quick: bool = False,
         range_bytes: int = RANGE_BYTES,
@@ -70,8 +71,8 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
         super().__init__()
         if range_bytes <= 0:
             raise ValueError(f"range_bytes is above 0, not {range_bytes}")
-        expected = context if isinstance(context, AnyContext) else checked_context(context)
-        keys = open_keys(key)
+        expected = expected_context(context)
+        keys = chosen_keys(key)
         listed = ManifestReader(checked_mode(manifest), keys, expected)
         self.verifier = Verifier(keys, expected, listed, quick, range_bytes)
 

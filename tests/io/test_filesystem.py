@@ -19,7 +19,7 @@ from beam_envelope import create_shard, jobs, open_shard, register_filesystem
 from beam_envelope.errors import ContextMismatchError, FormatError, KeyFileMissingError, NotEncryptedError
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io.filesystem import inner_path, outer_path
-from beam_envelope.io.options import EnvelopeOptions, Settings, current_settings, use_settings
+from beam_envelope.io.options import Settings, current_settings, use_settings
 from beam_envelope.io.s3 import clear_s3_clients, s3_client
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
@@ -152,11 +152,6 @@ def test_workers_without_options_take_the_settings_of_their_environment(monkeypa
 def test_registering_names_the_module_to_the_workers_once(options):
     register_filesystem(options)
     assert options.view_as(SetupOptions).beam_plugins == ["beam_envelope.io.filesystem"]
-
-
-def test_no_option_takes_a_secret():
-    names = EnvelopeOptions([]).get_all_options(current_only=True)
-    assert set(names) == {"envelope_key", "envelope_context", "envelope_any_context"}
 
 
 def _text(root):

@@ -7,7 +7,7 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_envelope.errors import FormatError, KeyAccessError
+from beam_envelope.errors import KeyAccessError
 from beam_envelope.io.s3 import S3Store, clear_s3_clients, s3_client
 from beam_envelope.keys import wire_log
 from beam_envelope.testing.filesystem import CANARY
@@ -69,7 +69,7 @@ def test_credentials_in_beams_own_options_come_first(sts, monkeypatch):
 def test_it_needs_a_role(sts, monkeypatch):
     monkeypatch.setenv("BEAM_ENVELOPE_AWS_ROLE_FOR_S3", "1")
     monkeypatch.delenv("BEAM_ENVELOPE_AWS_ROLE_ARN")
-    with pytest.raises(FormatError, match=r"^envelope_aws_role_for_s3 needs a role: give --envelope_aws_role_arn="):
+    with pytest.raises(KeyAccessError, match=r"^envelope_aws_role_for_s3 needs a role: give --envelope_aws_role_arn="):
         S3Store().size("s3://bucket/a")
 
 

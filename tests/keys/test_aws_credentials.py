@@ -326,7 +326,7 @@ def test_a_role_that_does_not_trust_the_google_service_account(sts, metadata, co
         (
             400,
             "ValidationError",
-            FormatError,
+            KeyAccessError,
             f"AWS does not take the role {ROLE}, its session name or its external id.",
         ),
         (400, "Throttling", KmsUnavailableError, f"AWS STS did not give the credentials of role {ROLE} after all"),
@@ -343,7 +343,7 @@ def test_other_refusals(sts, status, code, error, start):
 
 
 def test_a_session_name_that_boto3_does_not_take(sts):
-    said = message(FormatError, key_of("role", session_name="x").check, {})
+    said = message(KeyAccessError, key_of("role", session_name="x").check, {})
     assert said.startswith(
         f"AWS does not take the role {ROLE}, its session name or its external id. Parameter validation"
     )
@@ -385,16 +385,26 @@ def test_a_uri_holds_all_settings_and_comes_back():
     [
         ({"role_arn": "etl"}, "'etl' is not the ARN of a role; one looks like arn:aws:iam::ACCOUNT:role/NAME"),
         ({"web_identity": "azure", "role_arn": ROLE}, "web_identity is 'google', not 'azure'. A token in a file (EKS)"),
+    ],
+)
+def test_settings_of_a_wrong_form(settings, said, monkeypatch):
+    assert message(FormatError, lambda: AwsKms("alias/etl", **settings)).startswith(said)
+    for name, value in settings.items():
+        monkeypatch.setenv(f"BEAM_ENVELOPE_AWS_{name.upper()}", value)
+    denied = message(KeyAccessError, AwsKms("alias/etl").check, {})  # which never becomes a dead letter of each file
+    assert denied.startswith(said)
+    assert denied.endswith(". It comes from --envelope_aws_... or BEAM_ENVELOPE_AWS_...")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
         ({"web_identity": "google"}, "web_identity=google needs the role to assume: give --envelope_aws_role_arn="),
-        (
-            {"web_identity": "google", "role_arn": ROLE, "external_id": "a"},
-            "an external id is not for web_identity=goog",
-        ),
+        ({"web_identity": "google", "role_arn": ROLE, "external_id": "a"}, "an external id is not for web_identity="),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
-    assert message(FormatError, lambda: Identity(**settings)).startswith(said)
-    assert message(FormatError, lambda: AwsKms("alias/etl", **settings).check({})).startswith(said)
+    assert message(KeyAccessError, AwsKms("alias/etl", **settings).check, {}).startswith(said)
 
 
 def test_each_setting_may_come_from_the_environment(sts, metadata, monkeypatch):
