@@ -240,8 +240,8 @@ class AwsKms(KeyProvider):
         try:
             return _client(full.region, full.endpoint_url, full._identity())  # noqa: SLF001  # the same class
         except ValueError as error:  # botocore's own InvalidRegionError is one, too
-            msg = f"the region or the endpoint of {self} is not of the right form: {error}"
-            raise FormatError(msg) from None
+            msg = f"the region or the endpoint of {full} is not of the right form: {error}"
+            raise KeyAccessError(msg) from None  # a setting, so it must not become a dead letter of each file
         except boto_errors.BotoCoreError as error:
             raise self._not_reached(operation, error) from None
 

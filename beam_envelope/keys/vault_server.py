@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from beam_envelope.errors import (
+    EnvelopeError,
     FormatError,
     KeyAccessError,
     KmsUnavailableError,
@@ -49,7 +50,7 @@ class Server:
 
     @classmethod
     def of(cls, key: Vault) -> Server:
-        """Raises KeyAccessError: there is no address."""
+        """Raises KeyAccessError: there is no address, or VAULT_ADDR is not of the right form."""
         address = key.address or os.environ.get("VAULT_ADDR")
         if not address:
             msg = (
@@ -59,7 +60,8 @@ class Server:
             raise KeyAccessError(msg)
         skip = os.environ.get("VAULT_SKIP_VERIFY", "").lower() in {"1", "t", "true"}
         return cls(
-            checked_address(address, "VAULT_ADDR"),
+            # A FormatError of a worker's environment could become a dead letter of each file.
+            checked_address(address, "VAULT_ADDR", KeyAccessError),
             key.namespace or os.environ.get("VAULT_NAMESPACE", "").strip("/") or None,
             key.role,
             key.ca_cert or os.environ.get("VAULT_CACERT") or None,
@@ -69,8 +71,8 @@ class Server:
         )
 
 
-def checked_address(address: str, what: str) -> str:
-    """Return an address without a slash at its end. Raises FormatError: it is not of the right form."""
+def checked_address(address: str, what: str, error: type[EnvelopeError] = FormatError) -> str:
+    """Return an address without a slash at its end. Raises `error`: it is not of the right form."""
     try:
         parts = urlsplit(address)
         good = parts.scheme in {"http", "https"} and parts.hostname and (parts.port or True)
@@ -78,7 +80,7 @@ def checked_address(address: str, what: str) -> str:
         good = False
     if not good or parts.username is not None or parts.query or parts.fragment or not address.isprintable():
         msg = f"{what} of Vault is not of the form https://HOST[:PORT], with no credentials, query or fragment"
-        raise FormatError(msg)
+        raise error(msg)
     return address.rstrip("/")
 
 

@@ -431,7 +431,7 @@ def test_the_region_of_an_arn_is_enough(fake_kms, monkeypatch):
 @pytest.mark.parametrize("settings", [{"endpoint_url": "nonsense"}, {"region": "not a region"}])
 def test_settings_of_the_wrong_form(fake_kms, settings):
     key = AwsKms("alias/etl", **settings)
-    said = message(FormatError, key.generate_data_key, CONTEXT)
+    said = message(KeyAccessError, key.generate_data_key, CONTEXT)
     assert said.startswith(f"the region or the endpoint of {key} is not of the right form: ")
 
 

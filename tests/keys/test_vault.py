@@ -1129,7 +1129,7 @@ def test_an_address_of_the_wrong_form_is_refused_and_not_shown(monkeypatch, addr
     said = " of Vault is not of the form https://HOST[:PORT], with no credentials, query or fragment"
     assert message(FormatError, lambda: Vault("etl", address=address)) == f"the address{said}"
     monkeypatch.setenv("VAULT_ADDR", address)
-    assert message(FormatError, Vault("etl").generate_data_key, CONTEXT) == f"VAULT_ADDR{said}"
+    assert message(KeyAccessError, Vault("etl").generate_data_key, CONTEXT) == f"VAULT_ADDR{said}"
 
 
 @pytest.mark.parametrize(
