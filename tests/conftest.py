@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import urllib.request
 
 import pytest
@@ -34,6 +35,14 @@ def no_settings_of_the_user(monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(autouse=True)
+def no_options_of_an_earlier_pipeline(monkeypatch):
+    """Let each test begin without pipeline options, where there is Beam at all: those seen last hold for a process."""
+    filesystems = sys.modules.get("apache_beam.io.filesystems")
+    if filesystems is not None:
+        monkeypatch.setattr(filesystems.FileSystems, "_pipeline_options", None)
 
 
 @pytest.fixture(autouse=True)

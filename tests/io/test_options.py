@@ -39,12 +39,6 @@ ARGUMENT, OPTION, ENVIRONMENT = "aws-kms://argument", "aws-kms://option", "aws-k
 AWS = ("region", "profile", "endpoint_url", "role_arn", "external_id", "session_name", "web_identity", "audience")
 
 
-@pytest.fixture(autouse=True)
-def no_options_afterwards():
-    yield
-    FileSystems.set_options(PipelineOptions([]))
-
-
 def options(*words, **settings):
     FileSystems.set_options(PipelineOptions(list(words), **settings))
 

@@ -8,7 +8,6 @@ import threading
 
 import apache_beam as beam
 import pytest
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
@@ -57,12 +56,6 @@ class Pool:
         self._process.wait()
         self._thread.join()
         self._process.stderr.close()
-
-
-@pytest.fixture(autouse=True)
-def no_options_afterwards():
-    yield
-    FileSystems.set_options(PipelineOptions([]))
 
 
 @pytest.fixture(scope="module")
