@@ -55,6 +55,7 @@ def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not list the shards in the output's _MANIFEST.json, which shows a reader what is missing or added",
     )
     _add_common_arguments(parser)
+    add_check_arguments(parser)
     add_encrypt_table_arguments(parser)
 
 
@@ -66,6 +67,7 @@ def add_decrypt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the plain files go")
     add_reader_arguments(parser)
     _add_common_arguments(parser)
+    add_check_arguments(parser)
     add_decrypt_table_arguments(parser)
 
 
@@ -101,6 +103,7 @@ def add_rotate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-requests-per-s", type=float, metavar="N", help="at most so many requests to the KMS in a second"
     )
+    add_check_arguments(parser)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +122,21 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--log", metavar="FILE", help="write what was found of each file, as JSON lines; FILE must not exist"
+    )
+    add_check_arguments(parser)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is checked before the job starts."""
+    parser.add_argument(
+        "--check-workers",
+        action="store_true",
+        help="before the job, run a small one that tries the keys on the workers, and show what was found",
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not try the keys in this process; for launchers that may not use them",
     )
 
 

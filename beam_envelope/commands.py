@@ -19,9 +19,10 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs, manifest_command, rotate_command, verify_command
+from beam_envelope import console, jobs, manifest_command, preflight, rotate_command, verify_command
 from beam_envelope.arguments import context_of
 from beam_envelope.console import printable
+from beam_envelope.errors import KeyAccessError, KmsUnavailableError
 from beam_envelope.formats.keyfile import PARQUET_CIPHER
 from beam_envelope.inventory import ShardEntry, list_shards
 from beam_envelope.io.manifest_reader import ManifestReader, check_shard_id
@@ -41,12 +42,14 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
     if command == "encrypt":
         transform = jobs.encrypt_transform(arguments)
         tasks = jobs.plan_tasks(transform.plan, arguments.patterns)
-        jobs.check_encrypt(arguments, transform, tasks)
+        transform.work.check(tasks[0])
+        with console.checking(arguments):
+            preflight.check_encrypt(arguments, transform, options, tell=console.tell, **_size(tasks))
         return _run_job("Encrypt", transform, tasks, arguments, options)
     if command == "decrypt":
         reader = jobs.decrypt_transform(arguments)
         tasks = jobs.plan_tasks(reader.plan, arguments.patterns)
-        reader.work.check(tasks[0])
+        _check_decrypt(arguments, reader, tasks, options)
         return _run_job("Decrypt", reader, tasks, arguments, options)
     if command == "rotate":
         return rotate_command.run(arguments, options)
@@ -55,6 +58,27 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
     if command == "manifest":
         return manifest_command.run(arguments)
     return _inspect(arguments) if command == "inspect" else _cat(arguments)
+
+
+def _check_decrypt(
+    arguments: argparse.Namespace, reader: FilesTransform, tasks: Sequence[Task], options: PipelineOptions
+) -> None:
+    """Open the first file, which asks the KMS as the job will; where that fails, or with workers, look at all keys."""
+    key_files = preflight.key_files_for(arguments, [task.source for task in tasks])
+    with console.checking(arguments):
+        if not arguments.no_check and not arguments.check_workers:
+            try:
+                reader.work.check(tasks[0])
+            except (KeyAccessError, KmsUnavailableError) as error:
+                preflight.explain(error, preflight.uses_of_reader(open_keys(arguments.key), key_files))
+                raise
+        preflight.check_read(arguments, options, key_files, launcher=False, tell=console.tell, **_size(tasks))
+    if arguments.check_workers and not arguments.no_check:
+        reader.work.check(tasks[0])
+
+
+def _size(tasks: Sequence[Task]) -> dict[str, int]:
+    return {"n_tasks": len(tasks), "n_bytes": sum(task.end - task.start for task in tasks)}
 
 
 def _run_job(

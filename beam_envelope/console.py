@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import os
 import re
@@ -83,6 +85,22 @@ def quiet_workers() -> Iterator[None]:
             os.dup2(screen, 2)
             errors.file = None  # type: ignore[assignment]  # rich then takes what sys.stderr is at the time
             os.close(screen)
+
+
+@contextmanager
+def checking(arguments: argparse.Namespace) -> Iterator[None]:
+    """Keep the workers that `--check-workers` starts off the screen, and say what is going on."""
+    if not arguments.check_workers:
+        yield
+        return
+    errors.print("Checking the keys on the workers ...")
+    with contextlib.nullcontext() if arguments.verbose else quiet_workers():
+        yield
+
+
+def tell(text: str) -> None:
+    """Print a text of several lines as it is, but for what would move the cursor."""
+    errors.print(printable(text), markup=False, soft_wrap=True)
 
 
 class JobProgress:

@@ -31,9 +31,7 @@ from beam_envelope import table_arguments
 from beam_envelope.arguments import context_of
 from beam_envelope.errors import EnvelopeError, FormatError
 from beam_envelope.io.store import existing, same_place, store_of
-from beam_envelope.keys.cache import generate_data_key
 from beam_envelope.keys.context import AnyContext
-from beam_envelope.keys.uri import open_keys
 from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.files import DecryptFiles, EncryptFiles
 from beam_envelope.transforms.metrics import NAMESPACE
@@ -198,22 +196,6 @@ def plan_tasks(plan: EncryptPlan | DecryptPlan, patterns: Sequence[str]) -> list
             msg = f"{target} is an input of this job and would be replaced by an output. Choose another output folder"
             raise ValueError(msg)
     return [unique_task(target, tasks) for target, tasks in by_target.items()]
-
-
-def check_encrypt(
-    arguments: argparse.Namespace, transform: EncryptFiles | EncryptTables, tasks: Sequence[Task]
-) -> None:
-    """Look at the columns of the first table, and try every key once.
-
-    Raises:
-        FormatError: that file has no such columns, or is no table.
-        KeyAccessError, KmsUnavailableError: from the KMS.
-    """
-    transform.work.check(tasks[0])
-    context = context_of(arguments)
-    groups = transform.key_groups if isinstance(transform, EncryptTables) else (open_keys(arguments.key),)
-    for group in groups:
-        generate_data_key(group, {} if isinstance(context, AnyContext) else context).close()
 
 
 def make_pipeline(options: PipelineOptions, n_tasks: int | None = None, n_bytes: int | None = None) -> beam.Pipeline:

@@ -18,7 +18,7 @@ from apache_beam.runners.runner import PipelineState
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs
+from beam_envelope import console, jobs, preflight
 from beam_envelope.console import printable
 from beam_envelope.errors import EnvelopeError
 from beam_envelope.io.keyfiles import find_key_files
@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace, options: PipelineOptions) -> int:
     jobs.check_no_log(arguments.log)
     jobs.rotate_transform(arguments)
     n_files = len({path for pattern in arguments.patterns for path in find_key_files(pattern, manifests=True)})
+    with console.checking(arguments):
+        preflight.check_rotate(arguments, options, n_bytes=0, tell=console.tell)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="beam-envelope-") as folder:
         # The workers of this machine write the log where this process reads it, also if nobody else wants it.

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from beam_envelope import console, jobs
+from beam_envelope import console, jobs, preflight
 from beam_envelope.console import printable
 from beam_envelope.errors import EnvelopeError
 from beam_envelope.io.store import store_of
@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace, options: PipelineOptions) -> int:
     found: dict[str, int | None] = {}
     for pattern in arguments.patterns:
         found = {**find_files(pattern), **{path: size for path, size in found.items() if size is not None}}
+    with console.checking(arguments):
+        preflight.check_read(arguments, options, preflight.key_files_of(found), n_bytes=0, tell=console.tell)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="beam-envelope-") as folder:
         # The workers of this machine write the log where this process reads it, also if nobody else wants it.

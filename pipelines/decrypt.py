@@ -13,9 +13,10 @@ import argparse
 from collections.abc import Sequence
 
 import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.runners.runner import PipelineResult
 
-from beam_envelope import arguments, jobs
+from beam_envelope import arguments, jobs, preflight
 
 
 def run(argv: Sequence[str] | None = None) -> PipelineResult:
@@ -26,8 +27,11 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
     arguments.add_decrypt_arguments(parser)
     settings, options = jobs.parse(parser, argv)
 
+    FileSystems.set_options(options)
+    transform = jobs.decrypt_transform(settings)
+    preflight.check_read(settings, options, preflight.key_files_at(settings.patterns), tell=print)
     pipeline = jobs.make_pipeline(options)
-    _ = pipeline | "Files" >> beam.Create(settings.patterns) | "DecryptFiles" >> jobs.decrypt_transform(settings)
+    _ = pipeline | "Files" >> beam.Create(settings.patterns) | "DecryptFiles" >> transform
     with jobs.fail_when_a_worker_dies():
         return pipeline.run()
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import apache_beam as beam
 from apache_beam.runners.runner import PipelineResult
 
-from beam_envelope import arguments, jobs
+from beam_envelope import arguments, jobs, preflight
 
 
 def run(argv: Sequence[str] | None = None) -> PipelineResult:
@@ -28,8 +28,10 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
     arguments.add_encrypt_arguments(parser)
     settings, options = jobs.parse(parser, argv)
 
+    transform = jobs.encrypt_transform(settings)
+    preflight.check_encrypt(settings, transform, options, tell=print)
     pipeline = jobs.make_pipeline(options)
-    _ = pipeline | "Files" >> beam.Create(settings.patterns) | "EncryptFiles" >> jobs.encrypt_transform(settings)
+    _ = pipeline | "Files" >> beam.Create(settings.patterns) | "EncryptFiles" >> transform
     with jobs.fail_when_a_worker_dies():
         return pipeline.run()
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.runners.runner import PipelineResult
 
-from beam_envelope import arguments, jobs
+from beam_envelope import arguments, jobs, preflight
 
 
 def run(argv: Sequence[str] | None = None) -> PipelineResult:
@@ -30,6 +30,7 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
     FileSystems.set_options(options)
     jobs.check_no_log(settings.log)
 
+    preflight.check_rotate(settings, options, tell=print)
     pipeline = jobs.make_pipeline(options)
     jobs.add_rotation(pipeline, settings, settings.log)
     with jobs.fail_when_a_worker_dies("by running it again"):

@@ -19,7 +19,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
-from beam_envelope import arguments, jobs, verify_command
+from beam_envelope import arguments, jobs, preflight, verify_command
 
 
 def run(argv: Sequence[str] | None = None) -> PipelineResult:
@@ -28,6 +28,7 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
     FileSystems.set_options(options)
     jobs.check_no_log(settings.log)
 
+    preflight.check_read(settings, options, preflight.key_files_at(settings.patterns), tell=print)
     pipeline = jobs.make_pipeline(options)
     jobs.add_verification(pipeline, settings, settings.log)
     with jobs.fail_when_a_worker_dies("by running it again"):

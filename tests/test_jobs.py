@@ -13,9 +13,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from beam_envelope import (
     DecryptFiles,
-    EncryptFiles,
     EnvelopeError,
-    KeyAccessError,
     KeyFileMissingError,
     arguments,
     create_shard,
@@ -140,19 +138,6 @@ def test_an_output_that_is_another_patterns_input_stops_the_job_before_it_starts
     write_files(".", {"one/c/x": b"1", "two/c/x": b"2"})
     with pytest.raises(ValueError, match=rf"{output}c/x is an input of this job and would be replaced by an output"):
         jobs.plan_tasks(EncryptPlan(output, if_exists), ["one/**", "two/c/*"])
-
-
-def test_keys_are_tried_before_the_job_starts(fake_kms, local_key):
-    fake_kms.create_key("etl")
-    fake_kms.create_key("far")
-    fake_kms.deny("Encrypt", "alias/far")
-    ours = argparse.Namespace(key=["aws-kms://alias/etl", "aws-kms://alias/far"], context=["x=1"])
-    transform, task = EncryptFiles("out", key=ours.key), Task("a", 0, "out/a", 0, 0)
-    with pytest.raises(KeyAccessError, match="kms:Encrypt"):
-        jobs.check_encrypt(ours, transform, [task])
-    ours.key.pop()
-    jobs.check_encrypt(ours, transform, [task])
-    assert fake_kms.calls["GenerateDataKey"] == 2
 
 
 def test_the_first_shard_is_opened_before_the_job_starts(tmp_path, local_key):

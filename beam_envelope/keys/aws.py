@@ -21,9 +21,19 @@ from beam_envelope.errors import (
     TamperedError,
     WrongKeyError,
 )
+from beam_envelope.keys import aws_check
 from beam_envelope.keys.aws_credentials import Identity, check_role, clear_sessions, new_client
 from beam_envelope.keys.defaults import option, option_or_environment
-from beam_envelope.keys.provider import DATA_KEY_BYTES, DATA_KEY_SIZES, DataKey, KeyProvider, WrappedKey, kms_calls
+from beam_envelope.keys.provider import (
+    DATA_KEY_BYTES,
+    DATA_KEY_SIZES,
+    NOTHING,
+    DataKey,
+    KeyProvider,
+    Need,
+    WrappedKey,
+    kms_calls,
+)
 from beam_envelope.keys.wire_log import wire_log_off
 
 _ARN: Final = re.compile(r"arn:(?P<partition>[\w-]+):kms:(?P<region>[\w-]+):(?P<account>\d+):(?P<resource>.+)")
@@ -148,7 +158,7 @@ class AwsKms(KeyProvider):
         Raises:
             WrongKeyError, TamperedError, KeyAccessError, KmsUnavailableError.
         """
-        if not isinstance(to, AwsKms) or self._service() != to._service():  # noqa: SLF001  # the same class
+        if not isinstance(to, AwsKms) or not self.rewraps_inside(to):
             with self.unwrap(wrapped, context) as data_key:
                 return to.wrap(data_key, context)
         if not self.may_open(wrapped):
@@ -193,6 +203,30 @@ class AwsKms(KeyProvider):
             return self.key_id
         return str(self._call("DescribeKey", KeyId=self.key_id)["KeyMetadata"]["Arn"])
 
+    def check(
+        self,
+        context: Mapping[str, str],
+        need: Need = Need.GENERATE,
+        *,
+        sample: WrappedKey | None = None,
+        to: KeyProvider | None = None,
+    ) -> str | None:
+        """Ask KMS, with `DryRun`, whether it would serve the request; as `KeyProvider.check`."""
+        return aws_check.check(self, context, need, sample, to)
+
+    def permission(self, need: Need) -> str:
+        """Return the IAM actions; of a key that is named by its ARN, the name is known."""
+        named = need is Need.NAME and ":key/" in self.key_id
+        return NOTHING if named else aws_check.PERMISSIONS[need]
+
+    def rewraps_inside(self, to: KeyProvider) -> bool:
+        """Whether ReEncrypt can do it: both keys are of one KMS service. Raises KeyAccessError, FormatError."""
+        return isinstance(to, AwsKms) and self._service() == to._service()  # noqa: SLF001  # the same class
+
+    def principal(self) -> str | None:
+        """Return the ARN that STS GetCallerIdentity gives, which needs no permission; or None."""
+        return aws_check.principal(self)
+
     def __str__(self) -> str:
         """Return the URI."""
         arn = _ARN.fullmatch(self.key_id)
@@ -230,6 +264,8 @@ class AwsKms(KeyProvider):
             with wire_log_off():
                 answer: dict[str, Any] = method(**arguments)
         except boto_errors.ClientError as error:
+            if "DryRun" in arguments and error.response.get("Error", {}).get("Code") == "DryRunOperationException":
+                return {}  # it would have succeeded
             raise self._refused(operation, error) from None
         except boto_errors.BotoCoreError as error:
             raise self._not_reached(operation, error) from None

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from beam_envelope.errors import FormatError, KeyAccessError, TamperedError, WrongKeyError
 from beam_envelope.keys.context import encode_context
-from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, WrappedKey, kms_calls
+from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, Need, WrappedKey, kms_calls
 
 _FORMAT: Final = "beam-envelope keyring"
 _VERSION: Final = 1
@@ -120,6 +120,23 @@ class LocalKms(KeyProvider):
     def full_name(self) -> str:
         """Return `name/id`, from the keyring. Raises KeyAccessError, FormatError."""
         return self._key()[0]
+
+    def check(
+        self,
+        context: Mapping[str, str],
+        need: Need = Need.GENERATE,
+        *,
+        sample: WrappedKey | None = None,
+        to: KeyProvider | None = None,
+    ) -> str | None:
+        """Try the key; whoever reads the keyring may do everything, so that needs no sample."""
+        if sample is None and need in {Need.UNWRAP, Need.REWRAP}:
+            need = Need.NAME
+        return super().check(context, need, sample=sample, to=to)
+
+    def permission(self, _need: Need) -> str:
+        """Return what every use of the key takes."""
+        return "read the keyring"
 
     def __str__(self) -> str:
         """Return the URI."""

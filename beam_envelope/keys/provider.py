@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import enum
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,8 @@ DATA_KEY_BYTES: Final = 32
 DATA_KEY_SIZES: Final = (16, 24, DATA_KEY_BYTES)
 """The lengths of data keys that may be met: AWS Encryption SDK messages can have AES-128 and AES-192 keys."""
 KEY_ID_BYTES: Final = 16
+NOTHING: Final = "nothing"
+"""The permission of what needs none."""
 _KEY_ID_INFO: Final = b"beam-envelope/key-id@v1\x00"
 
 
@@ -133,6 +137,21 @@ class KmsCalls(threading.local):
 kms_calls: Final = KmsCalls()
 
 
+class Need(enum.Enum):
+    """What a job may need to do with a KMS key; each value is the name under which KMS calls are counted."""
+
+    GENERATE = "GenerateDataKey"
+    """Make data keys: the first key of a writer."""
+    WRAP = "Encrypt"
+    """Wrap what another key made: every other key of a writer; a rotation's new key in another KMS."""
+    UNWRAP = "Decrypt"
+    """Open data keys: a reader."""
+    REWRAP = "ReEncrypt"
+    """Have the KMS wrap a data key by another key: a rotation."""
+    NAME = "DescribeKey"
+    """Learn the full name of a key that was named by an alias or a bare id: a rotation."""
+
+
 class KeyProvider(abc.ABC):
     """One KMS key, and how to reach it.
 
@@ -187,14 +206,56 @@ class KeyProvider(abc.ABC):
         with self.generate_data_key({}) as data_key:
             return data_key.wrapped_keys[0].kms_key
 
-    def check(self, context: Mapping[str, str]) -> None:
-        """Try the key before a job starts: generate one data key and drop it.
+    def check(
+        self,
+        context: Mapping[str, str],
+        need: Need = Need.GENERATE,
+        *,
+        sample: WrappedKey | None = None,
+        to: KeyProvider | None = None,
+    ) -> str | None:
+        """Try the key before a job starts, for one need; nothing is kept.
+
+        Args:
+            context: the encryption context; of a sample, the one that it is bound to.
+            need: what the job needs. Each role is asked for its own permission only.
+            sample: a wrapped key of the dataset, which opening and rewrapping are tried on.
+            to: the key that a rotation goes to.
+
+        Returns:
+            None if the key can be used so, or else why that could not be told.
 
         Raises:
             KeyAccessError: names the permission that is missing, and on which key.
             KmsUnavailableError: no answer after all retries.
+            WrongKeyError, TamperedError: as `unwrap`, of the sample.
         """
-        self.generate_data_key(context).close()
+        if need is Need.GENERATE:
+            self.generate_data_key(context).close()
+        elif need is Need.WRAP:
+            with DataKey(secrets.token_bytes(DATA_KEY_BYTES)) as fresh:
+                self.wrap(fresh, context)
+        elif need is Need.NAME:
+            self.full_name()
+        elif sample is None:
+            return "no wrapped key is there to try it on"
+        elif need is Need.UNWRAP:
+            self.unwrap(sample, context).close()
+        else:
+            self.rewrap(sample, context, self if to is None else to)
+        return None
+
+    def permission(self, need: Need) -> str:
+        """Return what a caller must be allowed for a need, in the KMS's own words."""
+        return need.value
+
+    def rewraps_inside(self, _to: KeyProvider) -> bool:
+        """Whether `rewrap` to that key happens inside the KMS; if not, it takes an unwrap here and a wrap there."""
+        return False
+
+    def principal(self) -> str | None:
+        """Return who the KMS takes this process for, or None if it does not say. Raises nothing."""
+        return None
 
     @abc.abstractmethod
     def __str__(self) -> str:

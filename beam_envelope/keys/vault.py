@@ -23,7 +23,7 @@ from beam_envelope.errors import (
     WrongKeyError,
 )
 from beam_envelope.keys.context import encode_context
-from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, WrappedKey, kms_calls
+from beam_envelope.keys.provider import DATA_KEY_BYTES, NOTHING, DataKey, KeyProvider, Need, WrappedKey, kms_calls
 from beam_envelope.keys.vault_server import FORBIDDEN, OK, Answer, Server, checked_address, connection
 
 _SEGMENT: Final = r"(?!\.+/|\.+\Z)[A-Za-z0-9_.~+-]+"
@@ -168,6 +168,44 @@ class Vault(KeyProvider):
     def may_open(self, wrapped: WrappedKey) -> bool:
         """Whether the wrapped key names this mount and key; it does not name the server, which may have moved."""
         return (wrapped.provider, wrapped.kms_key) == (self.provider, self._kms_key)
+
+    def check(
+        self,
+        context: Mapping[str, str],
+        need: Need = Need.GENERATE,
+        *,
+        sample: WrappedKey | None = None,
+        to: KeyProvider | None = None,
+    ) -> str | None:
+        """Try the key. Without a sample, Vault is asked whether the policy allows it (`sys/capabilities-self`)."""
+        if sample is not None or need not in {Need.UNWRAP, Need.REWRAP}:
+            return super().check(context, need, sample=sample, to=to)
+        path = self._path("Decrypt")
+        answer = connection(Server.of(self)).post("sys/capabilities-self", {"paths": [path]})
+        found = (answer.document.get("data") or {}).get(path) if answer.status == OK else None
+        if not isinstance(found, list):
+            return "no wrapped key is there to try it on, and Vault does not tell what the token may do"
+        if not {"update", "root"} & set(found):
+            raise self._refused("Decrypt", path, Answer(FORBIDDEN, {"errors": ["its policies lack that"]}))
+        return None
+
+    def permission(self, need: Need) -> str:
+        """Return the capability and its path."""
+        if need is Need.REWRAP:
+            return f"update on {self._path('Decrypt')}"
+        return NOTHING if need is Need.NAME else f"update on {self._path(need.value)}"
+
+    def principal(self) -> str | None:
+        """Return the token's display name and policies, as `auth/token/lookup-self` tells them; or None."""
+        try:
+            answer = connection(Server.of(self)).post("auth/token/lookup-self", {})
+        except EnvelopeError:
+            return None
+        data = answer.document.get("data")
+        if answer.status != OK or not isinstance(data, dict):
+            return None
+        policies = data.get("policies")
+        return f"{data.get('display_name')} ({', '.join(map(str, policies if isinstance(policies, list) else ()))})"
 
     def full_name(self) -> str:
         """Return `hcvault://MOUNT/keys/NAME`, without the server; no call is made."""

@@ -9,19 +9,18 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import secrets
-import socket
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final, Literal, final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from beam_envelope.testing.kms_server import USER, KmsServer, Refusal
 
 _HEADER_BYTES: Final = 107  # so that a wrapped key of 32 bytes has 167, as those of AWS
 _NONCE_BYTES: Final = 12
@@ -40,21 +39,14 @@ class _Key:
     state: State = "Enabled"
 
 
-class _Refusal(Exception):  # noqa: N818  # what AWS answers, not an error of ours
-    """An answer of AWS that is no success."""
-
-    def __init__(self, code: str, message: str | None = None, status: int = 400) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code, self.message, self.status = code, message, status
-
-
 @final
 class FakeKms:
     """An AWS KMS that speaks AWS's protocol on 127.0.0.1, to boto3 in this process and its children.
 
     As strict as AWS: the encryption context must be the same pair for pair, the `KeyId` of Decrypt and the
     `SourceKeyId` of ReEncrypt must name the key that wrapped, and keys have states. It knows symmetric keys,
-    and GenerateDataKey, Encrypt, Decrypt, ReEncrypt and DescribeKey. Safe to use from several threads.
+    and GenerateDataKey, Encrypt, Decrypt, ReEncrypt and DescribeKey, with `DryRun` where AWS has it, and of STS
+    GetCallerIdentity. Safe to use from several threads.
 
     Args:
         region: requests signed for another are refused, as are ARNs of another.
@@ -74,15 +66,16 @@ class FakeKms:
         self._lock = threading.RLock()
         self._keys: dict[str, _Key] = {}
         self._aliases: dict[str, str] = {}
-        self._denied: set[tuple[str, str | None]] = set()
+        self._denied: set[tuple[str, str | None, str | None]] = set()
         self._calls: Counter[str] = Counter()
         self._failures = 0
-        self._failure = _Refusal("")
-        self._server: _Server | None = None
+        self._failure = Refusal("")
+        self._user = USER  # who sent the request that is being answered, under the lock
+        self._server: KmsServer | None = None
 
     def __enter__(self) -> FakeKms:
         """Start to serve."""
-        self._server = _Server(self)
+        self._server = KmsServer(self)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
@@ -103,11 +96,12 @@ class FakeKms:
             raise RuntimeError("FakeKms serves inside its with block only")
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def environment(self) -> dict[str, str]:
-        """Return the environment variables that lead boto3 here, and to no settings of the user's."""
+    def environment(self, user: str = USER) -> dict[str, str]:
+        """Return the environment variables that lead boto3 here, as an IAM user, and to no settings of one's own."""
         return {
             "AWS_ENDPOINT_URL_KMS": self.endpoint_url,
-            "AWS_ACCESS_KEY_ID": "AKIAFAKEKMSFAKEKMS00",
+            "AWS_ENDPOINT_URL_STS": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": "AKIAFAKEKMSFAKEKMS00" if user == USER else f"AKIAFAKEKMS.{user}",
             "AWS_SECRET_ACCESS_KEY": "not-a-secret",
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,  # the one that boto3 reads
@@ -143,15 +137,18 @@ class FakeKms:
         """Start the wait after which AWS deletes a key: nothing can be done with it."""
         self._find(key).state = "PendingDeletion"
 
-    def deny(self, operation: str, key: str | None = None) -> None:
-        """Refuse an operation, on one key or all; of ReEncrypt it is `ReEncryptFrom` or `ReEncryptTo`."""
-        with self._lock:
-            self._denied.add((operation, None if key is None else self._find(key).arn))
+    def deny(self, operation: str, key: str | None = None, *, user: str | None = None) -> None:
+        """Refuse an operation, on one key or all, to one user or all.
 
-    def allow(self, operation: str, key: str | None = None) -> None:
+        Of ReEncrypt it is `ReEncryptFrom` or `ReEncryptTo`.
+        """
+        with self._lock:
+            self._denied.add((operation, None if key is None else self._find(key).arn, user))
+
+    def allow(self, operation: str, key: str | None = None, *, user: str | None = None) -> None:
         """Take back what `deny` with the same arguments did."""
         with self._lock:
-            self._denied.discard((operation, None if key is None else self._find(key).arn))
+            self._denied.discard((operation, None if key is None else self._find(key).arn, user))
 
     def throttle(self, n: int) -> None:
         """Refuse the next `n` requests as too many (ThrottlingException), and forget earlier plans."""
@@ -160,7 +157,7 @@ class FakeKms:
     def fail(self, n: int, code: str = "KMSInternalException", status: int = 500) -> None:
         """Answer the next `n` requests with an error of AWS, and forget earlier plans."""
         with self._lock:
-            self._failures, self._failure = n, _Refusal(code, "planned by the test", status)
+            self._failures, self._failure = n, Refusal(code, "planned by the test", status)
 
     @property
     def _arn_prefix(self) -> str:
@@ -174,12 +171,12 @@ class FakeKms:
         if not key_id.startswith("arn:"):
             arn = self._arn_prefix + (key_id if key_id.startswith("alias/") else f"key/{key_id}")
         elif not key_id.startswith(f"arn:aws:kms:{self.region}:"):
-            raise _Refusal("NotFoundException", f"Invalid arn {key_id.split(':')[3]}")
+            raise Refusal("NotFoundException", f"Invalid arn {key_id.split(':')[3]}")
         if ":alias/" in arn and arn not in self._aliases:
-            raise _Refusal("NotFoundException", f"Alias {arn} is not found.")
+            raise Refusal("NotFoundException", f"Alias {arn} is not found.")
         key = self._keys.get(self._aliases.get(arn, arn))
         if key is None:
-            raise _Refusal("NotFoundException", f"Key '{arn}' does not exist")
+            raise Refusal("NotFoundException", f"Key '{arn}' does not exist")
         return key
 
     def _usable(self, key_id: Any, permission: str) -> _Key:
@@ -187,37 +184,65 @@ class FakeKms:
         if str(key_id).startswith("arn:") and f":{self.account}:" not in key_id:
             raise self._access_denied(permission, key_id)
         key = self._find(key_id)
-        if {(permission, None), (permission, key.arn)} & self._denied:
-            raise self._access_denied(permission, key.arn)
+        self._authorize(permission, key)
         if key.state == "Disabled":
-            raise _Refusal("DisabledException", f"{key.arn} is disabled.")
+            raise Refusal("DisabledException", f"{key.arn} is disabled.")
         if key.state == "PendingDeletion":
-            raise _Refusal("KMSInvalidStateException", f"{key.arn} is pending deletion.")
+            raise Refusal("KMSInvalidStateException", f"{key.arn} is pending deletion.")
         return key
 
-    def _access_denied(self, permission: str, arn: str) -> _Refusal:
-        user, action = f"arn:aws:iam::{self.account}:user/beam", f"kms:{permission}"
-        said = f"User: {user} is not authorized to perform: {action} on resource: {arn}"
-        because = f"because no identity-based policy allows the {action} action"
-        return _Refusal("AccessDeniedException", f"{said} {because}")
+    def _authorize(self, permission: str, key: _Key) -> None:
+        cases = {(permission, arn, user) for arn in (None, key.arn) for user in (None, self._user)}
+        if cases & self._denied:
+            raise self._access_denied(permission, key.arn)
 
-    def _answer(self, operation: str, request: Mapping[str, Any], signed_for: str | None) -> dict[str, Any]:
-        """Answer one request. Raises _Refusal."""
+    @property
+    def _user_arn(self) -> str:
+        return f"arn:aws:iam::{self.account}:user/{self._user}"
+
+    def _access_denied(self, permission: str, arn: str) -> Refusal:
+        action = f"kms:{permission}"
+        said = f"User: {self._user_arn} is not authorized to perform: {action} on resource: {arn}"
+        because = f"because no identity-based policy allows the {action} action"
+        return Refusal("AccessDeniedException", f"{said} {because}")
+
+    def _answer(self, operation: str, request: Mapping[str, Any], signed_for: str | None, user: str) -> dict[str, Any]:
+        """Answer one request. Raises Refusal."""
         with self._lock:
+            self._user = user
             self._calls[operation] += 1
             if self._failures > 0:
                 self._failures -= 1
                 raise self._failure
             if signed_for is None:
-                raise _Refusal("MissingAuthenticationTokenException")
+                raise Refusal("MissingAuthenticationTokenException")
             if signed_for != self.region:
-                raise _Refusal("InvalidSignatureException", "Credential should be scoped to a valid region.")
+                raise Refusal("InvalidSignatureException", "Credential should be scoped to a valid region.")
             if operation not in _OPERATIONS:
-                raise _Refusal("UnknownOperationException")
-            return _OPERATIONS[operation](self, request)
+                raise Refusal("UnknownOperationException")
+            if "DryRunModifiers" in request and not request.get("DryRun"):
+                raise Refusal("ValidationException", "DryRunModifiers need DryRun.")
+            answer = _OPERATIONS[operation](self, request)
+            if request.get("DryRun") and operation in _DRY_RUN:
+                said = "The request would have succeeded, but the DryRun option is set."
+                raise Refusal("DryRunOperationException", said, 412)
+            return answer
+
+    def _who(self, user: str) -> str:
+        """Return the answer of STS to GetCallerIdentity, as its query protocol has it."""
+        with self._lock:
+            self._user = user
+            arn = self._user_arn
+        result = f"<Arn>{arn}</Arn><UserId>{user}</UserId><Account>{self.account}</Account>"
+        space = "https://sts.amazonaws.com/doc/2011-06-15/"
+        return (
+            f'<GetCallerIdentityResponse xmlns="{space}"><GetCallerIdentityResult>{result}</GetCallerIdentityResult>'
+            f"<ResponseMetadata><RequestId>{uuid.uuid4()}</RequestId></ResponseMetadata></GetCallerIdentityResponse>"
+        )
 
     def _describe_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
         key = self._find(request.get("KeyId"))
+        self._authorize("DescribeKey", key)
         name = {"AWSAccountId": self.account, "KeyId": key.arn.rpartition("/")[2], "Arn": key.arn}
         kind = {"KeyUsage": "ENCRYPT_DECRYPT", "KeySpec": "SYMMETRIC_DEFAULT", "KeyState": key.state}
         return {"KeyMetadata": {**name, **kind, "Enabled": key.state == "Enabled"}}
@@ -225,7 +250,7 @@ class FakeKms:
     def _generate_data_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
         key = self._usable(request.get("KeyId"), "GenerateDataKey")
         if ("NumberOfBytes" in request) == ("KeySpec" in request):
-            raise _Refusal("ValidationException", "Please specify either number of bytes or key spec.")
+            raise Refusal("ValidationException", "Please specify either number of bytes or key spec.")
         size = request.get("NumberOfBytes", {"AES_256": 32, "AES_128": 16}.get(request.get("KeySpec", "")))
         if not isinstance(size, int) or not 1 <= size <= _MAX_DATA_KEY_BYTES:
             raise _invalid(size, "numberOfBytes")
@@ -240,12 +265,19 @@ class FakeKms:
         return {"KeyId": key.arn, "CiphertextBlob": wrapped}
 
     def _decrypt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if _ignores_ciphertext(request):
+            self._usable(request.get("KeyId"), "Decrypt")
+            return {}
         blob = _bytes(request, "CiphertextBlob", _MAX_CIPHERTEXT_BYTES)
         key = self._source(blob, request.get("KeyId"), "Decrypt")
         plaintext = _unseal(key, blob, _context(request, "EncryptionContext"))
         return {"KeyId": key.arn, "Plaintext": _text(plaintext)}
 
     def _re_encrypt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if _ignores_ciphertext(request):
+            self._usable(request.get("SourceKeyId"), "ReEncryptFrom")
+            self._usable(request.get("DestinationKeyId"), "ReEncryptTo")
+            return {}
         blob = _bytes(request, "CiphertextBlob", _MAX_CIPHERTEXT_BYTES)
         source = self._source(blob, request.get("SourceKeyId"), "ReEncryptFrom")
         target = self._usable(request.get("DestinationKeyId"), "ReEncryptTo")
@@ -258,12 +290,12 @@ class FakeKms:
         wrapped_by = self._keys.get(blob[1:_HEADER_BYTES].rstrip(b"\x00").decode("ascii", "replace"))
         key = None if key_id is None else self._usable(key_id, permission)
         if wrapped_by is None:
-            raise _Refusal("InvalidCiphertextException")
+            raise Refusal("InvalidCiphertextException")
         if key is None:
             return self._usable(wrapped_by.arn, permission)
         if key is not wrapped_by:
             said = "The key ID in the request does not identify a CMK that can perform this operation."
-            raise _Refusal("IncorrectKeyException", said)
+            raise Refusal("IncorrectKeyException", said)
         return key
 
 
@@ -274,6 +306,11 @@ _OPERATIONS: Final = {
     "GenerateDataKey": FakeKms._generate_data_key,  # noqa: SLF001
     "ReEncrypt": FakeKms._re_encrypt,  # noqa: SLF001
 }
+_DRY_RUN: Final = _OPERATIONS.keys() - {"DescribeKey"}
+
+
+def _ignores_ciphertext(request: Mapping[str, Any]) -> bool:
+    return request.get("DryRunModifiers") == ["IGNORE_CIPHERTEXT"]
 
 
 def _seal(key: _Key, plaintext: bytes, context: bytes) -> str:
@@ -287,14 +324,14 @@ def _unseal(key: _Key, blob: bytes, context: bytes) -> bytes:
     try:
         return AESGCM(key.secret).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], header + context)
     except (InvalidTag, ValueError):
-        raise _Refusal("InvalidCiphertextException") from None  # AWS says no more than that
+        raise Refusal("InvalidCiphertextException") from None  # AWS says no more than that
 
 
 def _context(request: Mapping[str, Any], member: str) -> bytes:
     """Return the encryption context in a form that no other context has."""
     context = request.get(member) or {}
     if not isinstance(context, dict) or not all(isinstance(value, str) for value in context.values()):
-        raise _Refusal("SerializationException", f"{member} maps strings to strings")
+        raise Refusal("SerializationException", f"{member} maps strings to strings")
     encoded = json.dumps(context, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
     if len(encoded) > _MAX_CONTEXT_BYTES:
         raise _invalid("too large", member)
@@ -305,79 +342,16 @@ def _bytes(request: Mapping[str, Any], member: str, limit: int) -> bytes:
     try:
         data = base64.b64decode(request[member], validate=True)
     except (KeyError, TypeError, ValueError):
-        raise _Refusal("SerializationException", f"{member} is missing or not base64") from None
+        raise Refusal("SerializationException", f"{member} is missing or not base64") from None
     if not 1 <= len(data) <= limit:
         raise _invalid(f"of {len(data)} bytes", member)
     return data
 
 
-def _invalid(value: object, member: str) -> _Refusal:
+def _invalid(value: object, member: str) -> Refusal:
     said = f"1 validation error detected: Value {value} at '{member}' failed to satisfy constraint"
-    return _Refusal("ValidationException", said)
+    return Refusal("ValidationException", said)
 
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-class _Server(ThreadingHTTPServer):
-    """The HTTP server; it remembers its connections, which clients keep open, to cut them at the end."""
-
-    daemon_threads = True
-
-    def __init__(self, kms: FakeKms) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.kms = kms
-        self._connections: set[socket.socket] = set()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing about a client that went away."""
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
-        for connection in self._connections.copy():
-            super().shutdown_request(connection)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """JSON 1.1 as AWS has it: smithy.io, "AWS JSON 1.1 protocol"."""
-
-    server: _Server
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet per answer
-    disable_nagle_algorithm = True
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        operation = self.headers.get("X-Amz-Target", "").removeprefix("TrentService.")
-        scope = re.search(r"Credential=[^/]+/\d{8}/([^/]+)/kms/", self.headers.get("Authorization", ""))
-        try:
-            try:
-                request = json.loads(body)
-            except ValueError:
-                raise _Refusal("SerializationException", "the request is not JSON") from None
-            status = 200
-            answer = self.server.kms._answer(operation, request, scope and scope[1])  # noqa: SLF001  # its other half
-        except _Refusal as refusal:
-            status, answer = refusal.status, {"__type": refusal.code}
-            if refusal.message is not None:
-                answer["message"] = refusal.message
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/x-amz-json-1.1")
-        self.send_header("x-amzn-RequestId", str(uuid.uuid4()))
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is http.server's
-        """Say nothing."""

@@ -1,0 +1,376 @@
+"""Before a job starts: may this process, and may the workers, use the keys as the job will? `check_workers` for yours.
+
+The workers are asked by a small job of the same runner and options. What they find comes back in its metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import apache_beam as beam
+from apache_beam import typehints
+from apache_beam.metrics import Metrics
+from apache_beam.metrics.metric import MetricResults, MetricsFilter
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.runners.runner import PipelineState
+
+import beam_envelope
+from beam_envelope import jobs
+from beam_envelope.arguments import context_of
+from beam_envelope.errors import EnvelopeError, KeyAccessError, KmsUnavailableError
+from beam_envelope.formats.keyfile import KeyFile
+from beam_envelope.formats.rotation import Rotation, Rotator
+from beam_envelope.io.keyfiles import find_key_files, read_key_file
+from beam_envelope.io.store import key_file_path
+from beam_envelope.keys.preflight import FINE, Finding, KeyUse, examine, for_writer, raise_problems, table
+from beam_envelope.keys.provider import NOTHING, KeyProvider, Need
+from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.transforms.files import EncryptFiles
+from beam_envelope.transforms.tables import EncryptTables
+
+WORKERS: Final = "workers"
+
+_NAMESPACE: Final = "beam_envelope_preflight"
+_METRIC: Final = "findings"
+_LOOKS: Final = 8  # elements of the job, spread over the workers that there are
+_SAMPLES: Final = 20  # key files that are looked at for one that tells what is needed
+_MARK: Final = re.compile(r"beam-envelope-findings:([A-Za-z0-9+/=]+):")
+_EXTRAS: Final = {"fsspec": "fsspec", "vault": "hvac"}
+
+_logger: Final = logging.getLogger(__name__)
+
+
+def check_workers(
+    keys: Key | Sequence[Key],
+    options: PipelineOptions | None = None,
+    *,
+    context: Mapping[str, str] | None = None,
+    needs: Iterable[Need] = (Need.GENERATE,),
+    extras: Iterable[str] = (),
+) -> list[Finding]:
+    """Find out, by a small job, whether the workers of a runner may use KMS keys as your pipeline will.
+
+    Each key is tried for each need, with the credentials that a worker has. The versions of Python, Beam and this
+    package there have to be those of here.
+
+    Args:
+        keys: the KMS keys, as URIs or providers.
+        options: the options of your pipeline, with its runner.
+        context: the encryption context that policies may demand.
+        needs: what for. A writer needs `Need.GENERATE`, a reader `Need.UNWRAP`.
+        extras: extras of this package that the workers must have: `fsspec`, `vault`. Keys say so themselves.
+
+    Returns:
+        What was found, on each worker that was met.
+
+    Raises:
+        KeyAccessError, KmsUnavailableError, EnvelopeError: what is missing, all of it in one table.
+
+    Example:
+        >>> check_workers("aws-kms://alias/etl", PipelineOptions(), needs=[Need.GENERATE, Need.UNWRAP])
+    """
+    pairs = tuple((context or {}).items())
+    uses = [KeyUse(key, need, pairs) for key in open_keys(keys) for need in needs]
+    findings = look_on_workers(uses, options or PipelineOptions(), extras=tuple(extras))
+    raise_problems(findings)
+    return findings
+
+
+def before_job(
+    uses: Sequence[KeyUse],
+    arguments: argparse.Namespace,
+    options: PipelineOptions,
+    *,
+    n_tasks: int | None = None,
+    n_bytes: int | None = None,
+    launcher: bool = True,
+    tell: Callable[[str], object] = lambda _: None,
+) -> None:
+    """Check what a job needs, as `--check-workers` and `--no-check` say, before anything is written.
+
+    Args:
+        uses: what the job does with keys.
+        arguments: with those of `arguments.add_check_arguments`.
+        options: of the job.
+        n_tasks: of the job, as `jobs.make_pipeline` takes it, so that the same workers are asked.
+        n_bytes: likewise.
+        launcher: whether this process is to be checked without `--check-workers`, too.
+        tell: is given the table, where all is well and the workers were asked.
+
+    Raises:
+        KeyAccessError, KmsUnavailableError, EnvelopeError: what is missing, all of it in one table.
+    """
+    findings: list[Finding] = []
+    if not arguments.no_check and (launcher or arguments.check_workers):
+        findings += examine(uses, who=arguments.check_workers)
+    if arguments.check_workers:
+        findings += look_on_workers(uses, options, n_tasks, n_bytes)
+    hint = "" if arguments.check_workers else " Where only workers may use the keys, give --no-check --check-workers."
+    raise_problems(findings, hint)
+    if arguments.check_workers:
+        tell(table(findings))
+
+
+def explain(error: EnvelopeError, uses: Sequence[KeyUse]) -> None:
+    """Raise, instead of what one use of a key met, all that can be found out; returns if that is no more.
+
+    Raises:
+        KeyAccessError, KmsUnavailableError: several things are missing.
+    """
+    if len(uses) > 1:
+        _logger.info("looking at all keys, since one failed: %s", error)
+        raise_problems(examine(uses))
+
+
+def uses_of_reader(keys: Sequence[KeyProvider], key_files: Iterable[tuple[str, KeyFile]]) -> list[KeyUse]:
+    """Return what a reading job needs: to open each data key of the first key file, by any of its keys that may.
+
+    With no key file, each of the keys is looked at, and one of them suffices.
+    """
+    for _, key_file in key_files:
+        pairs = tuple(key_file.context.items())
+        uses = [
+            KeyUse(key, Need.UNWRAP, pairs, form, choice=data_key.key_id.hex())
+            for data_key in key_file.data_keys
+            for form in data_key.wrapped_keys
+            for key in keys
+            if key.may_open(form)
+        ]
+        return list(dict.fromkeys(uses))
+    return [KeyUse(key, Need.UNWRAP, choice="any") for key in keys]
+
+
+def uses_of_rotation(
+    rotation: Rotation, key_files: Iterable[tuple[str, KeyFile]], *, dry_run: bool = False
+) -> list[KeyUse]:
+    """Return what a rotation needs: of the first key file that it changes, and to learn the keys' names.
+
+    What concerns one key file alone is left for the rotation to tell. A dry run needs the names only.
+    """
+    uses = [KeyUse(key, Need.NAME) for key in rotation.keys if key.permission(Need.NAME) != NOTHING]
+    if dry_run:
+        return list(dict.fromkeys(uses))
+    rotator = Rotator(rotation)
+    for path, key_file in key_files:
+        try:
+            steps = [step for step in rotator.plan(key_file, path) if step.origin is not None]
+        except (KeyAccessError, KmsUnavailableError):
+            break  # the names say what is missing
+        except EnvelopeError:
+            continue
+        pairs = tuple(key_file.context.items())
+        for step in steps:
+            key, form = step.origin  # type: ignore[misc]  # those without one are left out
+            if not step.make:
+                uses.append(KeyUse(key, Need.UNWRAP, pairs, form))
+            for to in step.make:
+                if key.rewraps_inside(to):
+                    uses.append(KeyUse(key, Need.REWRAP, pairs, form, to))
+                else:
+                    uses += [KeyUse(key, Need.UNWRAP, pairs, form), KeyUse(to, Need.WRAP, pairs)]
+        if steps:
+            break
+    return list(dict.fromkeys(uses))
+
+
+def check_encrypt(
+    arguments: argparse.Namespace, transform: EncryptFiles | EncryptTables, options: PipelineOptions, **how: Any
+) -> None:
+    """Check, as `before_job`, what an encrypting job needs; `how` goes to it."""
+    groups = transform.key_groups if isinstance(transform, EncryptTables) else (open_keys(arguments.key),)
+    context = context_of(arguments)  # encrypting has no --any-context
+    before_job(for_writer(groups, context if isinstance(context, dict) else {}), arguments, options, **how)
+
+
+def check_read(
+    arguments: argparse.Namespace, options: PipelineOptions, key_files: Iterable[tuple[str, KeyFile]], **how: Any
+) -> None:
+    """Check, as `before_job`, what a decrypting or verifying job needs; `how` goes to it."""
+    before_job(uses_of_reader(open_keys(arguments.key), key_files), arguments, options, **how)
+
+
+def check_rotate(arguments: argparse.Namespace, options: PipelineOptions, **how: Any) -> None:
+    """Check, as `before_job`, what a rotation needs; `how` goes to it."""
+    if arguments.no_check and not arguments.check_workers:
+        return
+    rotation = jobs.rotate_transform(arguments).rotation
+    uses = uses_of_rotation(rotation, key_files_at(arguments.patterns), dry_run=arguments.dry_run)
+    before_job(uses, arguments, options, **how)
+
+
+def key_files_for(arguments: argparse.Namespace, paths: Iterable[str]) -> list[tuple[str, KeyFile]]:
+    """Return a key file that tells what a decrypting job needs, if there is one: of cells, in their key store."""
+    if arguments.cells:
+        found = key_files_at([f"{arguments.keys.rstrip('/')}/"] if arguments.keys else [])
+    else:
+        found = key_files_of(paths)
+    return list(itertools.islice(found, 1))
+
+
+def key_files_of(paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+    """Yield the first key files that can be read of these files, with their paths."""
+    return _readable(key_file_path(path) for path in paths)
+
+
+def key_files_at(patterns: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+    """Yield the first key files that can be read of these patterns, with their paths."""
+    for pattern in patterns:
+        try:
+            found = find_key_files(pattern)
+        except OSError:
+            continue
+        yield from _readable(found)
+
+
+def _readable(paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+    for _, path in zip(range(_SAMPLES), paths, strict=False):
+        try:
+            yield path, KeyFile.from_bytes(read_key_file(path), path)
+        except (OSError, EnvelopeError):
+            continue  # the job tells of it
+
+
+def software(extras: Iterable[str] = ()) -> dict[str, str]:
+    """Return what has to be the same on workers: versions, and for each extra whether it is there."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    found = {"Python": python, "apache-beam": beam.__version__, "beam-envelope": beam_envelope.__version__}
+    return found | {f"[{extra}]": "yes" if importlib.util.find_spec(_EXTRAS[extra]) else "no" for extra in extras}
+
+
+def compare_software(here: Mapping[str, str], there: Mapping[str, str], where: str) -> Finding:
+    """Return a finding on the software of a worker: `here` is the launcher's."""
+    listed = ", ".join(f"{name} {version}" for name, version in there.items())
+    finding = Finding(where, "software", listed, "ok", principal="-")
+    other = [
+        f"{name} is {there.get(name, 'not there')}, and {version} on the launcher"
+        for name, version in here.items()
+        if there.get(name) != version
+    ]
+    if not other:
+        return finding
+    text = f"{'; '.join(other)}. Give the workers the same (--requirements_file, --extra_package, or their container)"
+    return replace(finding, state="mismatch", message=text)
+
+
+def look_on_workers(
+    uses: Sequence[KeyUse],
+    options: PipelineOptions,
+    n_tasks: int | None = None,
+    n_bytes: int | None = None,
+    extras: Sequence[str] = (),
+) -> list[Finding]:
+    """Run the small job and return what the workers found; nothing that they found is raised.
+
+    A runner that brings back no metrics of this kind is asked again, by a job that fails if something is missing.
+    """
+    here = software(extras) | {f"[{extra}]": "yes" for extra in extras}
+    for raises in (False, True):
+        look = _LookDoFn(uses, here, extras, uuid.uuid4().hex, raises=raises)
+        own = copy.deepcopy(options)  # to choose workers changes them
+        google = own.view_as(GoogleCloudOptions)
+        google.job_name = f"{google.job_name}-check" if google.job_name else None
+        pipeline = jobs.make_pipeline(own, n_tasks, n_bytes)
+        _ = pipeline | beam.Create(range(_LOOKS)) | beam.Reshuffle() | "CheckWorkers" >> beam.ParDo(look)
+        try:
+            with jobs.fail_when_a_worker_dies("by running it again"):
+                result = pipeline.run()
+                state = result.wait_until_finish() or result.state
+        except Exception as error:  # noqa: BLE001  # each runner has its own for a job that failed
+            return _findings_in(str(error)) or [_failed(error)]
+        found = _findings_of(result)
+        if found:
+            return found
+        if state != PipelineState.DONE:
+            return [Finding(WORKERS, "job", "-", "refused", f"the job that checks them ended as {state}; see its log")]
+    return [Finding(WORKERS, "all", "-", "ok", "nothing is missing; this runner brings back no details", "?")]
+
+
+@typehints.with_input_types(int)
+@typehints.with_output_types(int)
+class _LookDoFn(beam.DoFn):
+    """Looks once in each worker process; what it finds goes into a metric, or into an error."""
+
+    def __init__(
+        self, uses: Sequence[KeyUse], here: Mapping[str, str], extras: Sequence[str], run: str, *, raises: bool
+    ) -> None:
+        self._uses, self._here, self._extras = tuple(uses), dict(here), tuple(extras)
+        self._run, self._raises = run, raises
+
+    def process(self, element: int) -> Iterator[int]:
+        found = _once(self._run, self._look)
+        if self._raises:
+            if any(finding.state not in FINE for finding in found):
+                text = json.dumps([finding.as_dict() for finding in found])
+                raise EnvelopeError(f"beam-envelope-findings:{base64.b64encode(text.encode()).decode()}:")
+        else:
+            metric = Metrics.string_set(_NAMESPACE, _METRIC)
+            for finding in found:
+                metric.add(json.dumps(finding.as_dict()))
+        yield element
+
+    def _look(self) -> list[Finding]:
+        where = f"worker {socket.gethostname()}/{os.getpid()}"
+        return [compare_software(self._here, software(self._extras), where), *examine(self._uses, where, who=True)]
+
+
+_looked: dict[str, list[Finding]] = {}
+_lock: Final = threading.Lock()
+
+
+def _once(run: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return what the first look of a run found in this process."""
+    with _lock:
+        if run not in _looked:
+            _looked.clear()
+            _looked[run] = look()
+        return _looked[run]
+
+
+def _findings_of(result: Any) -> list[Finding]:  # a runner's result
+    """Return the findings in a job's metrics, each once."""
+    try:
+        sets = result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))[MetricResults.STRINGSETS]
+    except (NotImplementedError, AttributeError, KeyError):
+        return []
+    texts = {text for metric in sets for text in (metric.result or ())}
+    return _ordered(json.loads(text) for text in texts)
+
+
+def _findings_in(text: str) -> list[Finding]:
+    """Return the findings that an error carries."""
+    mark = _MARK.search(text)
+    return _ordered(json.loads(base64.b64decode(mark[1]))) if mark else []
+
+
+def _ordered(rows: Iterable[dict[str, Any]]) -> list[Finding]:
+    found = [Finding(**row) for row in rows]
+    return sorted(
+        found, key=lambda finding: (finding.where, finding.key != "software", finding.key, finding.permission)
+    )
+
+
+def _failed(error: Exception) -> Finding:
+    from beam_envelope.console import describe  # noqa: PLC0415  # it brings rich, which programs without it do without
+
+    said = describe(error)
+    if "ModuleNotFoundError" in str(error) or "No module named" in str(error):
+        said = (
+            f"{said}. The workers have no beam-envelope, or another version of it: install the one of here there "
+            "(--requirements_file, --extra_package, or their container)"
+        )
+    return Finding(WORKERS, "job", "-", "refused", f"the job that checks the workers failed: {said}", "?")
