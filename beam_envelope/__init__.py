@@ -24,7 +24,7 @@ from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.context import ANY_CONTEXT
 from beam_envelope.keys.local import LocalKms
-from beam_envelope.keys.provider import DataKey, KeyProvider, WrappedKey
+from beam_envelope.keys.provider import DataKey, KeyProvider, Need, WrappedKey
 from beam_envelope.keys.uri import open_key
 from beam_envelope.keys.vault import Vault
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from beam_envelope.io.parquet_write import WriteEncryptedParquet
     from beam_envelope.io.text import ReadAllEncryptedText, ReadEncryptedText, WriteEncryptedText
+    from beam_envelope.preflight import check_workers
     from beam_envelope.transforms.columns import DecryptColumns, EncryptColumns
     from beam_envelope.transforms.elements import FailedRecord
     from beam_envelope.transforms.fields import DecryptFields, EncryptFields
@@ -92,6 +93,7 @@ __all__ = [
     "KmsUnavailableError",
     "LocalKms",
     "ManifestError",
+    "Need",
     "NotEncryptedError",
     "ReadAllEncryptedParquet",
     "ReadAllEncryptedParquetBatched",
@@ -113,6 +115,7 @@ __all__ = [
     "WriteEncryptedParquet",
     "WriteEncryptedText",
     "WrongKeyError",
+    "check_workers",
     "create_dataset_key",
     "create_parquet",
     "create_records",
@@ -161,6 +164,7 @@ _LATE = {
     "WriteEncryptedFiles": "beam_envelope.io.fileio",
     "WriteEncryptedParquet": "beam_envelope.io.parquet_write",
     "WriteEncryptedText": "beam_envelope.io.text",
+    "check_workers": "beam_envelope.preflight",
     "create_parquet": "beam_envelope.formats.parquet",
     "open_parquet": "beam_envelope.formats.parquet",
     "register_filesystem": "beam_envelope.io.filesystem",
