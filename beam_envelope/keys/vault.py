@@ -198,7 +198,7 @@ class Vault(KeyProvider):
     def principal(self) -> str | None:
         """Return the token's display name and policies, as `auth/token/lookup-self` tells them; or None."""
         try:
-            answer = connection(Server.of(self)).post("auth/token/lookup-self", {})
+            answer = connection(Server.of(self)).post("auth/token/lookup-self", None)
         except EnvelopeError:
             return None
         data = answer.document.get("data")

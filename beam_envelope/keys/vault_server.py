@@ -118,8 +118,8 @@ class Connection:
         self._lock = threading.Lock()
         self._lease: _Lease | None = None
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """Send a request with a token; with a new one, if that one is refused and there is another.
+    def post(self, path: str, body: Mapping[str, Any] | None) -> Answer:
+        """Send a request with a token; with a new one, if that one is refused and there is another. No body: a GET.
 
         Raises:
             KeyAccessError: there are no credentials, or they are refused.
@@ -185,7 +185,7 @@ class Connection:
             return None
         return replace(renewed, lasts_s=lease.lasts_s)
 
-    def _send(self, path: str, body: Mapping[str, Any], token: str | None) -> Answer:
+    def _send(self, path: str, body: Mapping[str, Any] | None, token: str | None) -> Answer:
         """Post until there is an answer that says something; a token follows no redirect."""
         said = ""
         for attempt in range(_ATTEMPTS):
@@ -198,7 +198,7 @@ class Connection:
         msg = f"Vault at {self._server.address} did not serve {path} after all retries. Run the job again. {said}"
         raise KmsUnavailableError(msg)
 
-    def _try(self, path: str, body: Mapping[str, Any], token: str | None) -> tuple[Answer | None, str, float]:
+    def _try(self, path: str, body: Mapping[str, Any] | None, token: str | None) -> tuple[Answer | None, str, float]:
         """Return an answer, or why there is none and how many seconds the server wants us to wait.
 
         No exception of `requests` leaves here, not even as a context: it holds the request, with token and data key.
@@ -207,9 +207,10 @@ class Connection:
 
         failed: str | None = None
         try:
-            response = self._adapter.post(
+            response = self._adapter.request(
+                "get" if body is None else "post",
                 f"/v1/{path}",
-                json=body,
+                **({} if body is None else {"json": body}),
                 headers={"X-Vault-Token": token} if token else {},
                 raise_exception=False,
             )

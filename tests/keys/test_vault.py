@@ -35,7 +35,8 @@ from beam_envelope.errors import FormatError, KeyAccessError, KmsUnavailableErro
 from beam_envelope.keys import vault_server
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.context import encode_context
-from beam_envelope.keys.provider import DataKey, WrappedKey, kms_calls
+from beam_envelope.keys.preflight import KeyUse, examine
+from beam_envelope.keys.provider import DataKey, Need, WrappedKey, kms_calls
 from beam_envelope.keys.uri import open_key
 from beam_envelope.keys.vault import Vault
 
@@ -1257,3 +1258,41 @@ def test_no_key_token_or_secret_id_is_logged_even_at_debug(bao, key, app_role, c
     forms = [base64.b64encode(material).decode(), material.hex(), repr(material)[2:-1], str(list(material))]
     assert f"/v1/transit/datakey/plaintext/{key.name}" in logged  # urllib3's log is there
     assert [text for text in (*forms, lease_of(key).token, app_role.secret_id) if text in logged] == []
+
+
+# What a job needs, before it starts
+
+
+@pytest.mark.parametrize(
+    ("need", "endpoint", "with_sample"),
+    [
+        (Need.GENERATE, "datakey/plaintext", False),
+        (Need.WRAP, "encrypt", False),
+        (Need.UNWRAP, "decrypt", True),
+        (Need.UNWRAP, "decrypt", False),
+        (Need.REWRAP, "decrypt", False),
+    ],
+)
+def test_a_need_takes_its_own_path_and_the_finding_names_it(bao, key, wrapped, monkeypatch, need, endpoint, with_sample):
+    use = KeyUse(key, need, tuple(CONTEXT.items()), wrapped if with_sample else None)
+    path = f"transit/{endpoint}/{key.name}"
+    monkeypatch.setenv("VAULT_TOKEN", token_for(bao, path))
+    clear_caches()
+    (finding,) = examine([use], who=True)
+    assert (finding.state, finding.permission) == ("ok", f"update on {path}")
+    assert re.fullmatch(r"token \(default, policy-\d+\)", finding.principal)
+    monkeypatch.setenv("VAULT_TOKEN", token_for(bao, "transit/keys/nothing"))
+    clear_caches()
+    (finding,) = examine([use])
+    assert finding.state == "refused"
+    assert f'the token needs a policy with path "{path}" {{ capabilities = ["update"] }}' in finding.message
+
+
+def test_where_vault_does_not_tell_what_a_token_may_do_nothing_is_claimed(bao, key, monkeypatch):
+    bao.write("sys/policies/acl/mute", policy='path "sys/capabilities-self" { capabilities = ["deny"] }')
+    token = bao.write("auth/token/create", policies=["mute"], no_default_policy=True)["auth"]["client_token"]
+    monkeypatch.setenv("VAULT_TOKEN", token)
+    clear_caches()
+    (finding,) = examine([KeyUse(key, Need.UNWRAP)], who=True)
+    assert (finding.state, finding.principal) == ("not checked", "")
+    assert finding.message.endswith("Vault does not tell what the token may do")
