@@ -1273,7 +1273,9 @@ def test_no_key_token_or_secret_id_is_logged_even_at_debug(bao, key, app_role, c
         (Need.REWRAP, "decrypt", False),
     ],
 )
-def test_a_need_takes_its_own_path_and_the_finding_names_it(bao, key, wrapped, monkeypatch, need, endpoint, with_sample):
+def test_a_need_takes_its_own_path_and_the_finding_names_it(
+    bao, key, wrapped, monkeypatch, need, endpoint, with_sample
+):
     use = KeyUse(key, need, tuple(CONTEXT.items()), wrapped if with_sample else None)
     path = f"transit/{endpoint}/{key.name}"
     monkeypatch.setenv("VAULT_TOKEN", token_for(bao, path))
