@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from beam_envelope import create_shard, open_shard
+from beam_envelope import cli, create_shard, open_shard
 from beam_envelope.errors import FormatError, KeyAccessError, KmsUnavailableError, TamperedError, WrongKeyError
 from beam_envelope.keys import vault_server
 from beam_envelope.keys.cache import clear_caches
@@ -1298,3 +1298,52 @@ def test_where_vault_does_not_tell_what_a_token_may_do_nothing_is_claimed(bao, k
     (finding,) = examine([KeyUse(key, Need.UNWRAP)], who=True)
     assert (finding.state, finding.principal) == ("not checked", "")
     assert finding.message.endswith("Vault does not tell what the token may do")
+
+
+PERMISSIONS = (Path(__file__).parents[2] / "docs" / "permissions.md").read_text(encoding="utf-8")
+HCL = [block.partition("\n")[2] for block in PERMISSIONS.split("```")[1::2] if block.startswith("hcl\n")]
+
+
+@pytest.fixture
+def job(bao, monkeypatch, tmp_path):
+    """Runs the command in a folder with a dataset sealed under `etl`, with a token of these rules and no others."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_bytes(b"1,2\n")
+    for name in ("etl", "etl-2027"):
+        bao.write(f"transit/keys/{name}")
+
+    def run(rules, *words):
+        bao.write("sys/policies/acl/of-the-page", policy=rules or 'path "x" { capabilities = ["read"] }')
+        token = bao.write("auth/token/create", policies=["of-the-page"], no_default_policy=True)
+        monkeypatch.setenv("VAULT_TOKEN", token["auth"]["client_token"])
+        clear_caches()
+        return cli.main([*words, "--context", "dataset=x"] if words[0] != "rotate" else list(words))
+
+    key = ("--key", "hcvault://transit/keys/etl")
+    assert run('path "transit/*" { capabilities = ["update"] }', "encrypt", "a.csv", "--output", "sealed", *key) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, ("encrypt", "a.csv", "--output", "out", "--key", "hcvault://transit/keys/etl")),
+        (1, ("decrypt", "sealed", "--output", "out", "--key", "hcvault://transit/keys/etl")),
+        (1, ("verify", "sealed", "--key", "hcvault://transit/keys/etl")),
+        (2, ("rotate", "sealed", "--from", "hcvault://transit/keys/etl", "--to", "hcvault://transit/keys/etl-2027")),
+    ],
+    ids=["writer", "reader", "auditor", "rotator"],
+)
+def test_a_policy_of_the_page_is_enough_for_the_role_and_every_line_of_it_is_needed(job, capfd, number, words):
+    lines = HCL[number].splitlines()
+    for line in lines:
+        rest = "\n".join(other for other in lines if other != line)
+        assert job(rest, *words) == 1
+        path = line.split('"')[1]
+        assert f"not allowed to use {path}: the token needs a policy with path" in capfd.readouterr().err
+        assert not os.path.exists("out")
+    assert job(HCL[number], *words) == 0
+
+
+def test_the_page_has_three_policies_for_vault():
+    assert len(HCL) == 3
