@@ -64,7 +64,7 @@ def _check_decrypt(
     arguments: argparse.Namespace, reader: FilesTransform, tasks: Sequence[Task], options: PipelineOptions
 ) -> None:
     """Open the first file, which asks the KMS as the job will; where that fails, or with workers, look at all keys."""
-    key_files = preflight.key_files_for(arguments, [task.source for task in tasks])
+    key_files = preflight.key_files_for(arguments, [task.source for task in tasks])  # read when it is needed
     with console.checking(arguments):
         if not arguments.no_check and not arguments.check_workers:
             try:
@@ -72,7 +72,8 @@ def _check_decrypt(
             except (KeyAccessError, KmsUnavailableError) as error:
                 preflight.explain(error, preflight.uses_of_reader(open_keys(arguments.key), key_files))
                 raise
-        preflight.check_read(arguments, options, key_files, launcher=False, tell=console.tell, **_size(tasks))
+        if arguments.check_workers:
+            preflight.check_read(arguments, options, key_files, tell=console.tell, **_size(tasks))
     if arguments.check_workers and not arguments.no_check:
         reader.work.check(tasks[0])
 

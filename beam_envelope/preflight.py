@@ -9,7 +9,6 @@ import argparse
 import base64
 import copy
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -98,7 +97,6 @@ def before_job(
     *,
     n_tasks: int | None = None,
     n_bytes: int | None = None,
-    launcher: bool = True,
     tell: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Check what a job needs, as `--check-workers` and `--no-check` say, before anything is written.
@@ -109,14 +107,13 @@ def before_job(
         options: of the job.
         n_tasks: of the job, as `jobs.make_pipeline` takes it, so that the same workers are asked.
         n_bytes: likewise.
-        launcher: whether this process is to be checked without `--check-workers`, too.
         tell: is given the table, where all is well and the workers were asked.
 
     Raises:
         KeyAccessError, KmsUnavailableError, EnvelopeError: what is missing, all of it in one table.
     """
     findings: list[Finding] = []
-    if not arguments.no_check and (launcher or arguments.check_workers):
+    if not arguments.no_check:
         findings += examine(uses, who=arguments.check_workers)
     if arguments.check_workers:
         findings += look_on_workers(uses, options, n_tasks, n_bytes)
@@ -204,27 +201,27 @@ def check_read(
     before_job(uses_of_reader(open_keys(arguments.key), key_files), arguments, options, **how)
 
 
-def check_rotate(arguments: argparse.Namespace, options: PipelineOptions, **how: Any) -> None:
+def check_rotate(
+    arguments: argparse.Namespace, options: PipelineOptions, key_files: Iterable[tuple[str, KeyFile]], **how: Any
+) -> None:
     """Check, as `before_job`, what a rotation needs; `how` goes to it."""
     if arguments.no_check and not arguments.check_workers:
         return
     rotation = jobs.rotate_transform(arguments).rotation
-    uses = uses_of_rotation(rotation, key_files_at(arguments.patterns), dry_run=arguments.dry_run)
+    uses = uses_of_rotation(rotation, key_files, dry_run=arguments.dry_run)
     before_job(uses, arguments, options, **how)
 
 
-def key_files_for(arguments: argparse.Namespace, paths: Iterable[str]) -> list[tuple[str, KeyFile]]:
-    """Return a key file that tells what a decrypting job needs, if there is one: of cells, in their key store."""
+def key_files_for(arguments: argparse.Namespace, paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+    """Yield key files that tell what a decrypting job needs, if there are any: of cells, those of their key store."""
     if arguments.cells:
-        found = key_files_at([f"{arguments.keys.rstrip('/')}/"] if arguments.keys else [])
-    else:
-        found = key_files_of(paths)
-    return list(itertools.islice(found, 1))
+        return key_files_at([f"{arguments.keys.rstrip('/')}/"] if arguments.keys else [])
+    return key_files_of(paths)
 
 
 def key_files_of(paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
     """Yield the first key files that can be read of these files, with their paths."""
-    return _readable(key_file_path(path) for path in paths)
+    return readable_key_files(key_file_path(path) for path in paths)
 
 
 def key_files_at(patterns: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
@@ -234,10 +231,11 @@ def key_files_at(patterns: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
             found = find_key_files(pattern)
         except OSError:
             continue
-        yield from _readable(found)
+        yield from readable_key_files(found)
 
 
-def _readable(paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+def readable_key_files(paths: Iterable[str]) -> Iterator[tuple[str, KeyFile]]:
+    """Yield the first of these key files that can be read, with their paths."""
     for _, path in zip(range(_SAMPLES), paths, strict=False):
         try:
             yield path, KeyFile.from_bytes(read_key_file(path), path)

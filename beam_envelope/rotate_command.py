@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace, options: PipelineOptions) -> int:
     """Rotate; return the exit status. Raises what the transform raises."""
     jobs.check_no_log(arguments.log)
     jobs.rotate_transform(arguments)
-    n_files = len({path for pattern in arguments.patterns for path in find_key_files(pattern, manifests=True)})
+    paths = dict.fromkeys(path for pattern in arguments.patterns for path in find_key_files(pattern, manifests=True))
+    n_files = len(paths)
     with console.checking(arguments):
-        preflight.check_rotate(arguments, options, n_bytes=0, tell=console.tell)
+        preflight.check_rotate(arguments, options, preflight.readable_key_files(paths), n_bytes=0, tell=console.tell)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="beam-envelope-") as folder:
         # The workers of this machine write the log where this process reads it, also if nobody else wants it.

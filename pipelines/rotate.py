@@ -30,7 +30,7 @@ def run(argv: Sequence[str] | None = None) -> PipelineResult:
     FileSystems.set_options(options)
     jobs.check_no_log(settings.log)
 
-    preflight.check_rotate(settings, options, tell=print)
+    preflight.check_rotate(settings, options, preflight.key_files_at(settings.patterns), tell=print)
     pipeline = jobs.make_pipeline(options)
     jobs.add_rotation(pipeline, settings, settings.log)
     with jobs.fail_when_a_worker_dies("by running it again"):

@@ -16,6 +16,7 @@ import beam_envelope
 from beam_envelope import EnvelopeError, KeyAccessError, KmsUnavailableError, cli, preflight
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.formats.rotation import Rotation
+from beam_envelope.keys import aws_check
 from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.preflight import Finding, KeyUse, examine, for_writer, problems, raise_problems
@@ -108,6 +109,8 @@ def worker_with(tmp_path, monkeypatch):
 @pytest.mark.parametrize("with_sample", [True, False])
 def test_a_need_takes_its_own_permissions_and_no_other(kms, need, permissions, with_sample):
     key = AwsKms("alias/etl")
+    if not with_sample and not aws_check._knows_modifiers(key, Need.UNWRAP):
+        pytest.skip("this boto3 knows no DryRunModifiers")
     with key.generate_data_key(CONTEXT) as data_key:
         sample = data_key.wrapped_keys[0] if with_sample else None
     only(kms, *permissions)
@@ -378,7 +381,8 @@ def test_readers_and_rotators_on_workers_need_their_own_permissions_only(kms, se
 
 def test_workers_without_credentials_or_a_keyring_are_told_of(kms, run, worker_with):
     words = ("encrypt", "data", "--output", "out", *WORDS, *WORKERS, "--check-workers")
-    status, _, err = run(*words, "--key", "local-kms://k.json", "--no-check")
+    here = [word for word in words if word not in WORKERS]
+    status, _, err = run(*here, "--key", "local-kms://k.json", "--no-check")
     assert (status, "there is no keyring at" in err) == (1, True), err
     worker_with(AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
     status, _, err = run(*words, "--key", ETL)

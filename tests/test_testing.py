@@ -230,6 +230,64 @@ def test_throttling_and_failures_come_as_planned(fake_kms, boto):
     assert fake_kms.calls["Encrypt"] == 5
 
 
+def test_a_dry_run_gives_nothing_and_is_refused_as_the_request_would_be(fake_kms, boto):
+    arn, other = fake_kms.create_key(), fake_kms.create_key()
+    made = boto.encrypt(KeyId=arn, Plaintext=b"x", EncryptionContext=CONTEXT)["CiphertextBlob"]
+    requests = {
+        "GenerateDataKey": (boto.generate_data_key, {"KeyId": arn, "NumberOfBytes": 32}),
+        "Encrypt": (boto.encrypt, {"KeyId": arn, "Plaintext": b"x"}),
+        "Decrypt": (boto.decrypt, {"CiphertextBlob": made, "EncryptionContext": CONTEXT}),
+        "ReEncryptTo": (
+            boto.re_encrypt,
+            {"CiphertextBlob": made, "SourceEncryptionContext": CONTEXT, "DestinationKeyId": other},
+        ),
+    }
+    for permission, (call, arguments) in requests.items():
+        assert refusal(call, **arguments, DryRun=True) == (
+            "DryRunOperationException",
+            "The request would have succeeded, but the DryRun option is set.",
+        )
+        fake_kms.deny(permission)
+        assert refusal(call, **arguments, DryRun=True)[0] == "AccessDeniedException"
+        fake_kms.allow(permission)
+    assert refusal(boto.decrypt, CiphertextBlob=made, DryRun=True)[0] == "InvalidCiphertextException"  # no context
+    assert refusal(boto.generate_data_key, KeyId=arn, DryRun=True)[0] == "ValidationException"
+    fake_kms.disable_key(arn)
+    assert refusal(boto.encrypt, KeyId=arn, Plaintext=b"x", DryRun=True)[0] == "DisabledException"
+
+
+def test_a_dry_run_may_do_without_a_ciphertext(fake_kms, boto):
+    if "DryRunModifiers" not in boto.meta.service_model.operation_model("Decrypt").input_shape.members:
+        pytest.skip("this boto3 knows no DryRunModifiers")
+    arn = fake_kms.create_key()
+    modified = {"KeyId": arn, "DryRunModifiers": ["IGNORE_CIPHERTEXT"]}
+    assert refusal(boto.decrypt, **modified, DryRun=True)[0] == "DryRunOperationException"
+    assert refusal(boto.decrypt, **modified)[0] == "ValidationException"
+    fake_kms.deny("Decrypt")
+    assert refusal(boto.decrypt, **modified, DryRun=True)[0] == "AccessDeniedException"
+
+
+def test_users_are_told_apart(fake_kms, monkeypatch):
+    arn = fake_kms.create_key()
+    fake_kms.deny("Encrypt", arn, user="worker")
+    for user, denied in (("beam", False), ("worker", True)):
+        for name, value in fake_kms.environment(user).items():
+            monkeypatch.setenv(name, value)
+        who = f"arn:aws:iam::111122223333:user/{user}"
+        assert boto3.Session().client("sts").get_caller_identity()["Arn"] == who
+        encrypt = client(fake_kms, **credentials()).encrypt
+        if denied:
+            assert who in refusal(encrypt, KeyId=arn, Plaintext=b"x")[1]
+        else:
+            encrypt(KeyId=arn, Plaintext=b"x")
+
+
+def credentials():
+    """Return those of the environment: boto3's default session keeps older ones."""
+    names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
+    return {name: os.environ[variable] for name, variable in names.items()}
+
+
 def test_calls_from_many_threads_are_all_counted(fake_kms, boto):
     arn = fake_kms.create_key()
     counts = fake_kms.calls
