@@ -30,12 +30,16 @@ def problems(folder):
     return {entry.path.removeprefix(f"{folder}/"): entry.problem for entry in entries if entry.problem}
 
 
+def times(entry):
+    return {"modified": entry.modified, "key_file_modified": entry.key_file_modified}
+
+
 def test_shards_are_listed_with_what_their_key_files_say(sealed, local_key):
     one, two = list_shards([str(sealed)])
     (kms_key,) = one.kms_keys
     assert re.fullmatch(r"local-kms:default/[0-9a-f]{32}", kms_key)
     assert one == ShardEntry(
-        f"{sealed}/a.csv", shard_size(20_000), 20_000, (kms_key,), {"dataset": "x"}, "none", one.created
+        f"{sealed}/a.csv", shard_size(20_000), 20_000, (kms_key,), {"dataset": "x"}, "none", one.created, **times(one)
     )
     assert two.path == f"{sealed}/sub/b"
     assert (two.plaintext_bytes, two.compression, two.context) == (None, "zstd", {})
@@ -118,4 +122,9 @@ def test_an_entry_turns_into_json_types(sealed):
         "cipher",
         "column_kms_keys",
         "problem",
+        "kind",
+        "modified",
+        "key_file_modified",
+        "looks",
+        "finding",
     ]

@@ -86,14 +86,20 @@ class S3Store:
 
     def size(self, path: str) -> int | None:
         """Return an object's size, or None where there is none. Raises OSError."""
+        file = self.find(path)
+        return None if file is None else file.size_in_bytes
+
+    def find(self, path: str) -> FileMetadata | None:
+        """Return an object, or None where there is none. Raises OSError."""
         bucket, key = _split(path)
         if not key:
             return None
         try:
             with _as_os_errors(path, "s3:GetObject and s3:ListBucket"):
-                return int(s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+                head = s3_client().head_object(Bucket=bucket, Key=key)
         except FileNotFoundError:
             return None
+        return FileMetadata(path, int(head["ContentLength"]), head["LastModified"].timestamp())
 
     def is_folder(self, path: str) -> bool:
         """Whether there are objects whose names go on behind the path and a slash. Raises OSError."""

@@ -38,6 +38,9 @@ class Store(Protocol):
     def size(self, path: str) -> int | None:
         """Return a file's size in bytes, or None where there is no file. Raises OSError."""
 
+    def find(self, path: str) -> FileMetadata | None:
+        """Return a file with its size and, where the store tells it, its modification time. Raises OSError."""
+
     def is_folder(self, path: str) -> bool:
         """Whether the path is a folder, where the store has folders."""
 
@@ -115,9 +118,9 @@ def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
         OSError: a folder cannot be listed or a file cannot be read.
     """
     store = store_of(pattern)
-    size = None if pattern.endswith("/") else store.size(pattern)
-    if size is not None:  # also a name that holds a glob's characters
-        return quote_glob(pattern), [FileMetadata(pattern, size)]
+    file = None if pattern.endswith("/") else store.find(pattern)
+    if file is not None:  # also a name that holds a glob's characters
+        return quote_glob(pattern), [file]
     is_folder = pattern.endswith("/") or store.is_folder(pattern)
     glob = quote_glob(pattern.rstrip("/")) + "/**" if is_folder else pattern
     found = sorted(store.match(glob), key=lambda metadata: metadata.path) if _GLOB.fullmatch(glob) is None else []
@@ -158,12 +161,17 @@ class LocalStore:
             for name in names:
                 path = prefix + name
                 if compiled.match(path[len(root) :]):
-                    yield FileMetadata(path, self._regular_size(path))
+                    yield self._regular_file(path)
 
     def size(self, path: str) -> int | None:
         """Return the size, or None where there is no file, or a folder."""
+        file = self.find(path)
+        return None if file is None else file.size_in_bytes
+
+    def find(self, path: str) -> FileMetadata | None:
+        """Return the file, or None where there is none, or a folder."""
         try:
-            return None if self.is_folder(path) else self._regular_size(path)
+            return None if self.is_folder(path) else self._regular_file(path)
         except OSError as error:
             if error.errno in _NO_SUCH_FILE:
                 return None
@@ -183,7 +191,7 @@ class LocalStore:
         return LocalOutput(path, overwrite=overwrite)
 
     @staticmethod
-    def _regular_size(path: str) -> int:
+    def _regular_file(path: str) -> FileMetadata:
         try:
             status = Path(path).stat()
         except FileNotFoundError:
@@ -192,7 +200,7 @@ class LocalStore:
             raise
         if not Path(path).is_file():
             raise OSError(errno.EINVAL, "not a regular file (a pipe, socket or device); leave it out", path)
-        return status.st_size
+        return FileMetadata(path, status.st_size, status.st_mtime)
 
 
 class BeamStore:
@@ -208,6 +216,12 @@ class BeamStore:
         with _as_os_errors(path):
             filesystem = FileSystems.get_filesystem(path)
             return int(filesystem.size(path)) if filesystem.exists(path) else None
+
+    def find(self, path: str) -> FileMetadata | None:
+        """Return what Beam says."""
+        with _as_os_errors(path):
+            filesystem = FileSystems.get_filesystem(path)
+            return filesystem.metadata(path) if filesystem.exists(path) else None
 
     def is_folder(self, path: str) -> bool:
         """Return False: a folder is named by a slash at the end."""

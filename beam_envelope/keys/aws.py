@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import timezone
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -33,6 +34,16 @@ from beam_envelope.keys.provider import (
     Need,
     WrappedKey,
     kms_calls,
+)
+from beam_envelope.keys.state import (
+    DISABLED,
+    ENABLED,
+    NOT_FOUND,
+    NOT_PERMITTED,
+    PENDING_DELETION,
+    UNAVAILABLE,
+    UNKNOWN,
+    KeyState,
 )
 from beam_envelope.keys.wire_log import wire_log_off
 
@@ -69,7 +80,8 @@ class AwsKms(KeyProvider):
     from the environment (`BEAM_ENVELOPE_AWS_ROLE_ARN`).
 
     Permissions on the key: `kms:GenerateDataKey` to write, `kms:Decrypt` to read, `kms:Encrypt` for every key after the
-    first when writing under several, `kms:ReEncryptFrom` and `kms:ReEncryptTo` to rotate.
+    first when writing under several, `kms:ReEncryptFrom` and `kms:ReEncryptTo` to rotate, `kms:DescribeKey` to
+    tell the key's state.
     """
 
     key_id: str
@@ -227,6 +239,28 @@ class AwsKms(KeyProvider):
         """Return the ARN that STS GetCallerIdentity gives, which needs no permission; or None."""
         return aws_check.principal(self)
 
+    def state(self) -> KeyState:
+        """Call DescribeKey, for which the caller needs `kms:DescribeKey`. Raises nothing of the KMS's."""
+        kms_calls.counts["DescribeKey"] += 1
+        try:
+            with wire_log_off():
+                described = self._client("DescribeKey").describe_key(KeyId=self.key_id)["KeyMetadata"]
+        except boto_errors.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            found = _STATE_OF_REFUSAL.get(code, UNKNOWN)
+            return KeyState(found, str(self._refused("DescribeKey", error)))
+        except boto_errors.BotoCoreError as error:
+            return KeyState(UNKNOWN, str(self._not_reached("DescribeKey", error)))
+        except EnvelopeError as error:  # no client
+            return KeyState(UNKNOWN, str(error))
+        said = str(described.get("KeyState", ""))
+        due = described.get("DeletionDate")
+        return KeyState(
+            _STATES.get(said, UNAVAILABLE),
+            "" if said in _PLAIN_STATES else f"AWS says {said}",
+            due.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if due else "",
+        )
+
     def __str__(self) -> str:
         """Return the URI."""
         arn = _ARN.fullmatch(self.key_id)
@@ -350,6 +384,20 @@ _METHOD: Final = {
     "DescribeKey": "describe_key",
 }
 _SERVER_ERROR: Final = 500
+# "Key states of AWS KMS keys", AWS KMS Developer Guide. Creating, PendingImport and Unavailable: it does not decrypt.
+_STATES: Final = {
+    "Enabled": ENABLED,
+    "Updating": ENABLED,
+    "Disabled": DISABLED,
+    "PendingDeletion": PENDING_DELETION,
+    "PendingReplicaDeletion": PENDING_DELETION,
+}
+_PLAIN_STATES: Final = frozenset({"Enabled", "Disabled", "PendingDeletion"})
+_STATE_OF_REFUSAL: Final = {
+    "NotFoundException": NOT_FOUND,
+    "AccessDeniedException": NOT_PERMITTED,
+    "AccessDenied": NOT_PERMITTED,
+}
 
 # One client per configuration and process: a boto3 Session costs 100 to 280 ms, and clients are thread-safe.
 _lock = threading.Lock()

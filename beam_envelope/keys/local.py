@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from beam_envelope.errors import FormatError, KeyAccessError, TamperedError, WrongKeyError
 from beam_envelope.keys.context import encode_context
 from beam_envelope.keys.provider import DATA_KEY_BYTES, DataKey, KeyProvider, Need, WrappedKey, kms_calls
+from beam_envelope.keys.state import ENABLED, NOT_FOUND, UNKNOWN, KeyState
 
 _FORMAT: Final = "beam-envelope keyring"
 _VERSION: Final = 1
@@ -121,6 +122,10 @@ class LocalKms(KeyProvider):
         """Return `name/id`, from the keyring. Raises KeyAccessError, FormatError."""
         return self._key()[0]
 
+    def state(self) -> KeyState:
+        """Look whether the keyring has the key. Raises nothing."""
+        return local_key_state(self.path, self.name)
+
     def check(
         self,
         context: Mapping[str, str],
@@ -153,12 +158,25 @@ class LocalKms(KeyProvider):
         """Return the key's full name, `name/id`, and its bytes, read anew: a keyring is small, and may have changed."""
         for entry in _read_keyring(Path(self.path)):
             if entry["name"] == self.name:
-                return f"{self.name}/{entry['id']}", base64.b64decode(entry["key"], validate=True)
+                return _full_name(entry), base64.b64decode(entry["key"], validate=True)
         msg = (
             f"the keyring {self.path} has no key named {self.name!r}. "
             f"Make one: beam-envelope keygen --key '{self}', or name one that it has"
         )
         raise KeyAccessError(msg)
+
+
+def local_key_state(path: str, name: str) -> KeyState:
+    """Look whether a keyring has a key of that name, or of that full name, `name/id`. Raises nothing."""
+    try:
+        names = {
+            text for entry in _read_keyring(Path(path)) for text in (entry["name"], f"{entry['name']}/{entry['id']}")
+        }
+    except (KeyAccessError, FormatError) as error:
+        return KeyState(UNKNOWN, str(error))
+    if name in names:
+        return KeyState(ENABLED)
+    return KeyState(NOT_FOUND, f"the keyring {path} has no key {name}")
 
 
 def generate_local_key(key: LocalKms) -> str:
@@ -207,6 +225,10 @@ def generate_local_key(key: LocalKms) -> str:
     finally:
         os.close(directory)
     return f"{key.name}/{entry['id']}"
+
+
+def _full_name(entry: Mapping[str, str]) -> str:
+    return f"{entry['name']}/{entry['id']}"
 
 
 def _aad(full_name: str, context: Mapping[str, str]) -> bytes:

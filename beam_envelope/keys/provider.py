@@ -15,6 +15,8 @@ from typing import ClassVar, Final, NoReturn
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from beam_envelope.keys.state import UNKNOWN, KeyState
+
 DATA_KEY_BYTES: Final = 32
 """The length of every data key that is made here."""
 DATA_KEY_SIZES: Final = (16, 24, DATA_KEY_BYTES)
@@ -256,6 +258,10 @@ class KeyProvider(abc.ABC):
     def principal(self) -> str | None:
         """Return who the KMS takes this process for, or None if it does not say. Raises nothing."""
         return None
+
+    def state(self) -> KeyState:
+        """Ask the KMS in what state the key is, without using it; what goes wrong is in the answer."""
+        return KeyState(UNKNOWN, f"{self.provider} keys cannot be asked")
 
     @abc.abstractmethod
     def __str__(self) -> str:

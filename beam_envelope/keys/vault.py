@@ -24,12 +24,14 @@ from beam_envelope.errors import (
 )
 from beam_envelope.keys.context import encode_context
 from beam_envelope.keys.provider import DATA_KEY_BYTES, NOTHING, DataKey, KeyProvider, Need, WrappedKey, kms_calls
+from beam_envelope.keys.state import DISABLED, ENABLED, NOT_FOUND, NOT_PERMITTED, UNKNOWN, KeyState
 from beam_envelope.keys.vault_server import FORBIDDEN, OK, Answer, Server, checked_address, connection
 
 _SEGMENT: Final = r"(?!\.+/|\.+\Z)[A-Za-z0-9_.~+-]+"
 _PATH: Final = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*", re.ASCII)
 _NAME: Final = re.compile(r"\w(([\w.-]+)?\w)?", re.ASCII)  # what transit itself takes
 _CIPHERTEXT: Final = re.compile(rb"vault:v[1-9][0-9]{0,8}:[A-Za-z0-9+/]{40,1000}={0,2}")
+_NOT_FOUND: Final = 404
 _SETTINGS: Final = ("address", "namespace", "role", "ca_cert", "client_cert", "client_key", "verify")
 _FORM: Final = f"hcvault://MOUNT/keys/NAME[?{'&'.join(f'{name}=...' for name in _SETTINGS)}]"
 _ENDPOINT: Final = {
@@ -64,7 +66,8 @@ class Vault(KeyProvider):
 
     Policy (for `Vault("etl")`): `update` on `transit/datakey/plaintext/etl` to write (on HashiCorp Vault also on
     `transit/encrypt/etl`), on `transit/decrypt/etl` to read, on `transit/encrypt/etl` for every key after the first
-    when writing under several, on `decrypt` and `encrypt` to rotate. docs/vault.md has them to copy.
+    when writing under several, on `decrypt` and `encrypt` to rotate; `read` on `transit/keys/etl` for `state`.
+    docs/vault.md has them to copy.
 
     Raises:
         FormatError: an argument is not of the right form.
@@ -210,6 +213,25 @@ class Vault(KeyProvider):
     def full_name(self) -> str:
         """Return `hcvault://MOUNT/keys/NAME`, without the server; no call is made."""
         return self._kms_key
+
+    def state(self) -> KeyState:
+        """Read the key's description, for which the token needs `read` on it. Raises nothing of Vault's."""
+        kms_calls.counts["ReadKey"] += 1
+        path = f"{self.mount}/keys/{self.name}"
+        try:
+            answer = connection(Server.of(self)).get(path)
+        except EnvelopeError as error:
+            return KeyState(UNKNOWN, str(error))
+        said = f"Vault says {answer.status}: {answer.said or 'no more'}"
+        if answer.status == FORBIDDEN:
+            needed = f'the token needs a policy with path "{path}" {{ capabilities = ["read"] }}'
+            return KeyState(NOT_PERMITTED, f"not allowed to read {path}: {needed}. {said}")
+        if answer.status == _NOT_FOUND:
+            return KeyState(NOT_FOUND, said)
+        data = answer.document.get("data")
+        if answer.status != OK or not isinstance(data, dict):
+            return KeyState(UNKNOWN, said)
+        return KeyState(DISABLED if data.get("soft_deleted") else ENABLED)
 
     def __str__(self) -> str:
         """Return the URI."""

@@ -125,6 +125,13 @@ class Connection:
             KeyAccessError: there are no credentials, or they are refused.
             KmsUnavailableError: no answer after all retries.
         """
+        return self._ask(path, body)
+
+    def get(self, path: str) -> Answer:
+        """Read, as `post`."""
+        return self._ask(path, None)
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Answer:
         token = self._token()
         answer = self._send(path, body, token)
         if answer.status == FORBIDDEN and (another := self._token(refused=token)) != token:
@@ -186,7 +193,7 @@ class Connection:
         return replace(renewed, lasts_s=lease.lasts_s)
 
     def _send(self, path: str, body: Mapping[str, Any] | None, token: str | None) -> Answer:
-        """Post until there is an answer that says something; a token follows no redirect."""
+        """Post (or get, with no body) until there is an answer that says something; a token follows no redirect."""
         said = ""
         for attempt in range(_ATTEMPTS):
             answer, said, wait_s = self._try(path, body, token)

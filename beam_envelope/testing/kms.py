@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ class _Key:
     arn: str
     secret: bytes
     state: State = "Enabled"
+    deleted_s: float | None = None
 
 
 @final
@@ -131,11 +133,13 @@ class FakeKms:
 
     def enable_key(self, key: str) -> None:
         """Enable a key, also one that was to be deleted."""
-        self._find(key).state = "Enabled"
+        found = self._find(key)
+        found.state, found.deleted_s = "Enabled", None
 
-    def schedule_key_deletion(self, key: str) -> None:
+    def schedule_key_deletion(self, key: str, days: int = 30) -> None:
         """Start the wait after which AWS deletes a key: nothing can be done with it."""
-        self._find(key).state = "PendingDeletion"
+        found = self._find(key)
+        found.state, found.deleted_s = "PendingDeletion", time.time() + days * 86_400
 
     def deny(self, operation: str, key: str | None = None, *, user: str | None = None) -> None:
         """Refuse an operation, on one key or all, to one user or all.
@@ -181,14 +185,19 @@ class FakeKms:
 
     def _usable(self, key_id: Any, permission: str) -> _Key:
         """Return a key that the caller may use now."""
-        if str(key_id).startswith("arn:") and f":{self.account}:" not in key_id:
-            raise self._access_denied(permission, key_id)
-        key = self._find(key_id)
-        self._authorize(permission, key)
+        key = self._allowed(key_id, permission)
         if key.state == "Disabled":
             raise Refusal("DisabledException", f"{key.arn} is disabled.")
         if key.state == "PendingDeletion":
             raise Refusal("KMSInvalidStateException", f"{key.arn} is pending deletion.")
+        return key
+
+    def _allowed(self, key_id: Any, permission: str) -> _Key:
+        """Return a key on which the caller has a permission, in whatever state it is."""
+        if str(key_id).startswith("arn:") and f":{self.account}:" not in key_id:
+            raise self._access_denied(permission, key_id)
+        key = self._find(key_id)
+        self._authorize(permission, key)
         return key
 
     def _authorize(self, permission: str, key: _Key) -> None:
@@ -241,11 +250,11 @@ class FakeKms:
         )
 
     def _describe_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        key = self._find(request.get("KeyId"))
-        self._authorize("DescribeKey", key)
+        key = self._allowed(request.get("KeyId"), "DescribeKey")
         name = {"AWSAccountId": self.account, "KeyId": key.arn.rpartition("/")[2], "Arn": key.arn}
         kind = {"KeyUsage": "ENCRYPT_DECRYPT", "KeySpec": "SYMMETRIC_DEFAULT", "KeyState": key.state}
-        return {"KeyMetadata": {**name, **kind, "Enabled": key.state == "Enabled"}}
+        due = {} if key.deleted_s is None else {"DeletionDate": key.deleted_s}
+        return {"KeyMetadata": {**name, **kind, **due, "Enabled": key.state == "Enabled"}}
 
     def _generate_data_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
         key = self._usable(request.get("KeyId"), "GenerateDataKey")

@@ -59,7 +59,9 @@ def test_a_folder_stands_for_all_that_is_below_it(tree, ending):
 
 def test_sizes_come_with_the_paths(tree):
     pattern, files = expand(f"{tree}/a.csv")
-    assert (pattern, files) == (f"{tree}/a.csv", [FileMetadata(f"{tree}/a.csv", len(b"a.csv"))])
+    modified = (tree / "a.csv").stat().st_mtime
+    assert (pattern, files) == (f"{tree}/a.csv", [FileMetadata(f"{tree}/a.csv", len(b"a.csv"), modified)])
+    assert next(iter(expand(f"{tree}/*.csv")[1])) == files[0]
 
 
 @pytest.mark.parametrize(
