@@ -157,6 +157,39 @@ def add_shards_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("patterns", nargs="+", metavar="SHARDS", help="a shard, a folder or a quoted glob")
 
 
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inspect`."""
+    parser.add_argument(
+        "patterns",
+        nargs="+",
+        metavar="SHARDS",
+        help="a folder, a shard or a quoted glob; ** for sub-folders. Key stores too",
+    )
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="tell of KMS keys, ages, contexts and findings in place of each shard; the options below imply it",
+    )
+    parser.add_argument(
+        "--ask-kms",
+        action="store_true",
+        help="ask for the state of each KMS key (AWS: kms:DescribeKey; Vault: read on the key). Nothing is decrypted",
+    )
+    parser.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="with --ask-kms: a key whose keyring, Vault server, or AWS profile and endpoint are asked. Repeatable",
+    )
+    parser.add_argument(
+        "--older-than", type=float, metavar="DAYS", help="data keys last wrapped before that are due for rotation"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write it as one page for a browser; FILE must not exist")
+    parser.add_argument(
+        "--fail-on-findings", action="store_true", help="end with status 1 if there is a critical finding or a warning"
+    )
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -74,6 +74,18 @@ want, say so here: what --add lists must open under the key. A shard that was pu
 Exit status: 0 if list and folder agree in the end, 1 if not.
 """
 
+_INSPECT_EPILOG: Final = """\
+Examples:
+  beam-envelope inspect sealed/
+  beam-envelope inspect sealed/ --audit
+  beam-envelope inspect sealed/ --ask-kms --key local-kms://keyring.json --html audit.html
+  beam-envelope inspect s3://sealed/ --ask-kms --older-than 365 --fail-on-findings --json > audit.json
+
+Listings and key files are read, and nothing else but the first bytes of files that have no key file. No key is needed,
+so nothing is authenticated: see `beam-envelope verify`. With --json, what would be shown as JSON: a list of the files,
+or the document of the audit. Exit status: 0, or 1 if the command failed, or has findings with --fail-on-findings.
+"""
+
 _AGAIN: Final = {"rotate": "Run it again to finish it.", "verify": "Nothing was changed; run it again."}
 
 
@@ -187,8 +199,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add(
         "inspect",
         "list shards with their keys, contexts, sizes and ages; needs no key",
-        arguments.add_shards_argument,
+        arguments.add_inspect_arguments,
         arguments.add_json_argument,
+        epilog=_INSPECT_EPILOG,
     )
     add(
         "cat",

@@ -1,4 +1,4 @@
-"""The commands that work on files: encrypt, decrypt, inspect, cat; others have modules of their own."""
+"""The commands that work on files: encrypt, decrypt, cat; others have modules of their own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 
-from beam_envelope import console, jobs, manifest_command, preflight, rotate_command, verify_command
+from beam_envelope import console, inspect_command, jobs, manifest_command, preflight, rotate_command, verify_command
 from beam_envelope.arguments import context_of
-from beam_envelope.console import printable
 from beam_envelope.errors import KeyAccessError, KmsUnavailableError
-from beam_envelope.formats.keyfile import PARQUET_CIPHER
-from beam_envelope.inventory import ShardEntry, list_shards
 from beam_envelope.io.manifest_reader import ManifestReader, check_shard_id
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.keys.provider import kms_calls
@@ -33,7 +29,6 @@ from beam_envelope.transforms.file_work import FilesTransform
 from beam_envelope.transforms.plan import DecryptPlan, Task
 
 _COPY_BYTES: Final = 1 << 20
-_UNITS: Final = (("d", 86400), ("h", 3600), ("min", 60))
 
 
 def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -57,7 +52,7 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         return verify_command.run(arguments, options)
     if command == "manifest":
         return manifest_command.run(arguments)
-    return _inspect(arguments) if command == "inspect" else _cat(arguments)
+    return inspect_command.run(arguments) if command == "inspect" else _cat(arguments)
 
 
 def _check_decrypt(
@@ -134,48 +129,5 @@ def _cat(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    entries = list_shards(arguments.patterns)
-    if arguments.json:
-        print(json.dumps([entry.as_dict() for entry in entries], indent=2))
-        return 0
-    shards = [entry for entry in entries if not entry.problem]
-    table = Table(box=None, pad_edge=False)
-    for heading in ("shard", "KMS key", "context"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("plaintext", "stored", "age"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for entry in shards:
-        table.add_row(*map(escape, _row(entry)))
-    if shards:
-        console.output.print(table)
-    keys = {key for entry in shards for group in (entry.kms_keys, *entry.column_kms_keys) for key in group}
-    total = decimal(sum(entry.stored_bytes for entry in shards))
-    console.output.print(f"{_count(len(shards), 'shard')}, {total} stored, {_count(len(keys), 'KMS key')}.")
-    for entry in entries:
-        if entry.problem:
-            text = escape(printable(f"{entry.path}: {entry.problem}"))
-            console.output.print(f"[yellow]{text}[/]", soft_wrap=True)
-    return 0
-
-
-def _row(entry: ShardEntry) -> tuple[str, ...]:
-    context = printable(", ".join(f"{name}={value}" for name, value in (entry.context or {}).items()))
-    columns = (f"columns: {key}" for group in entry.column_kms_keys for key in group)
-    keys = "\n".join(map(printable, [*entry.kms_keys, *columns]))
-    unknown = "Parquet" if entry.cipher == PARQUET_CIPHER else "zstd"
-    size = unknown if entry.plaintext_bytes is None else decimal(entry.plaintext_bytes)
-    return printable(entry.path), keys, context, size, decimal(entry.stored_bytes), _age(entry.age_s())
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    for unit, length in _UNITS:
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -45,6 +45,7 @@ MARKER: Final = "marker"
 NO_KEY_FILE: Final = "no-key-file"
 LOST_KEY_FILE: Final = "lost-key-file"
 BAD_KEY_FILE: Final = "unreadable-key-file"
+CLOSED_KEY_FILE: Final = "key-file-not-permitted"
 TRUNCATED: Final = "truncated"
 LONE_KEY_FILE: Final = "key-file-alone"
 LEFT_OVER: Final = "unfinished"
@@ -198,13 +199,20 @@ class Inventory:
             return self._key_file_entry(draft)
         if name.startswith(TEMPORARY_PREFIX):
             return replace(draft, kind=UNFINISHED, problem=_UNFINISHED, finding=LEFT_OVER)
+        return self._file_entry(draft, may_look=may_look)
+
+    def _file_entry(self, draft: ShardEntry, *, may_look: bool) -> ShardEntry:
+        key_file = key_file_path(draft.path)
         try:
-            raw = read_small(key_file_path(path), MAX_KEY_FILE_BYTES + 1)
+            raw = read_small(key_file, MAX_KEY_FILE_BYTES + 1)
         except FileNotFoundError:
-            if _MARKER.fullmatch(name) and size <= _LARGEST_MARKER:
+            if _MARKER.fullmatch(split_path(draft.path)[1]) and draft.stored_bytes <= _LARGEST_MARKER:
                 return replace(draft, kind=MARKER)
             return _without_key_file(draft, may_look=may_look)
-        return _with_key_file(replace(draft, key_file_modified=self._key_file_time(key_file_path(path))), raw)
+        except PermissionError as error:
+            problem = f"its key file may not be read: {error.strerror or error}"
+            return replace(draft, problem=problem, finding=CLOSED_KEY_FILE)
+        return _with_key_file(replace(draft, key_file_modified=self._key_file_time(key_file)), raw)
 
     def _key_file_entry(self, draft: ShardEntry) -> ShardEntry | None:
         """Return what is said of a key file that is beside no file: of a record key, or left over."""
@@ -215,7 +223,7 @@ class Inventory:
         draft = replace(draft, key_file_modified=draft.modified)
         try:
             key_file = KeyFile.from_bytes(read_small(draft.path, MAX_KEY_FILE_BYTES + 1), draft.path)
-        except EnvelopeError:
+        except (EnvelopeError, PermissionError):
             key_file = None
         if key_file is not None and key_file.cipher in DERIVED_CIPHERS:
             return replace(_filled(draft, key_file), kind=RECORD_KEY)

@@ -14,10 +14,10 @@ from beam_envelope.formats.shard_layout import MIN_SHARD_BYTES
 from beam_envelope.io.s3 import S3Store
 from beam_envelope.io.store import store_of
 
-EMPTY: Final = "empty"
+EMPTY: Final = "an empty file"
 TEXT: Final = "text"
 LOST_PARQUET: Final = "encrypted Parquet that lost its key file"
-RANDOM: Final = "encrypted or compressed"
+RANDOM: Final = "encrypted or compressed data"
 BINARY: Final = "binary data"
 PLAIN_FORMATS: Final = {
     PLAIN_MAGIC: "Parquet with a plain footer",

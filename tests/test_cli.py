@@ -415,9 +415,9 @@ def test_inspect_gives_json_for_programs(run, sealed):
     ("seconds", "age"), [(0, "0 s"), (59, "59 s"), (61, "1 min"), (7200, "2 h"), (200_000, "2 d"), (None, "?")]
 )
 def test_ages_are_told_in_the_unit_that_fits(seconds, age):
-    from beam_envelope import commands
+    from beam_envelope import inspect_command
 
-    assert commands._age(seconds) == age
+    assert inspect_command._age(seconds) == age
 
 
 # ------------------------------------------------------------------------------------------------------ cat

@@ -248,6 +248,8 @@ class AwsKms(KeyProvider):
         except boto_errors.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             found = _STATE_OF_REFUSAL.get(code, UNKNOWN)
+            if found == NOT_PERMITTED:
+                return KeyState(found, f"the caller needs kms:DescribeKey on it. AWS says {code}")
             return KeyState(found, str(self._refused("DescribeKey", error)))
         except boto_errors.BotoCoreError as error:
             return KeyState(UNKNOWN, str(self._not_reached("DescribeKey", error)))
