@@ -66,18 +66,27 @@ _AGE_LABELS: Final = (
 _KINDS: Final[dict[str, tuple[str, str, str]]] = {
     NOT_FOUND: (
         CRITICAL,
-        "KMS key not found: what it wrapped cannot be opened",
-        "Check the account, region or server that was asked. A key that was deleted is gone with its data.",
+        "KMS key not found",
+        (
+            "What it wrapped cannot be opened. Check which account, region or server was asked. A key that was deleted "
+            "is gone, and its data with it."
+        ),
     ),
     PENDING_DELETION: (
         CRITICAL,
-        "KMS key waiting for its deletion: what it wrapped cannot be opened, and soon never again",
-        "If the data is wanted, cancel the deletion (aws kms cancel-key-deletion), enable the key, and rotate.",
+        "KMS key waits for its deletion",
+        (
+            "What it wrapped cannot be opened, and soon never again. If the data is wanted, cancel the deletion (aws "
+            "kms cancel-key-deletion), enable the key, and rotate."
+        ),
     ),
     DISABLED: (
         CRITICAL,
-        "KMS key disabled: what it wrapped cannot be opened until it is enabled",
-        "Enable it (aws kms enable-key), or delete the data if it is meant to be gone.",
+        "KMS key disabled",
+        (
+            "What it wrapped cannot be opened until it is enabled (aws kms enable-key). Delete the data if it is "
+            "meant to be gone."
+        ),
     ),
     UNAVAILABLE: (
         CRITICAL,
@@ -86,29 +95,35 @@ _KINDS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     BAD_KEY_FILE: (
         CRITICAL,
-        "Key file that cannot be used: its data cannot be opened",
-        "Restore the key file from a copy.",
-    ),
-    CLOSED_KEY_FILE: (
-        WARNING,
-        "Key file that may not be read, so nothing is known of its data",
-        "Allow whoever runs this to read it (on S3, s3:GetObject and s3:ListBucket), and run it again.",
+        "Key file that cannot be used",
+        "The data cannot be opened without it. Restore the key file from a copy.",
     ),
     LOST_KEY_FILE: (
         CRITICAL,
-        "Encrypted Parquet without its key file: it cannot be opened",
-        "Restore the key file from a copy; without one the data is lost.",
+        "Encrypted Parquet without its key file",
+        "It cannot be opened. Restore the key file from a copy; without one the data is lost.",
     ),
-    TRUNCATED: (CRITICAL, "Shard cut short: it has a size that no whole shard has", "Restore it, or write it again."),
+    TRUNCATED: (CRITICAL, "Shard cut short", "Restore it from a copy, or write it again."),
     PLAIN_FILE: (
         CRITICAL,
         "Plaintext beside encrypted files",
-        "Encrypt it (beam-envelope encrypt), then delete the plaintext and its old versions.",
+        "Encrypt it (beam-envelope encrypt), then delete it, and older versions that the store keeps.",
+    ),
+    CLOSED_KEY_FILE: (
+        WARNING,
+        "Key file that may not be read",
+        (
+            "Nothing is known of its data. Allow whoever runs this to read it (on S3, s3:GetObject and s3:ListBucket), "
+            "and run it again."
+        ),
     ),
     NO_KEY_FILE: (
         WARNING,
-        "File with no key file: not encrypted here, or a shard that nobody can open",
-        "Find out what it is; restore its key file, encrypt it, or move it elsewhere.",
+        "File with no key file",
+        (
+            "It is not encrypted by this software, or a shard that nobody can open. Find out what it is; restore its "
+            "key file, encrypt it, or move it elsewhere."
+        ),
     ),
     LONE_KEY_FILE: (
         WARNING,
@@ -117,8 +132,8 @@ _KINDS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     DUE: (
         WARNING,
-        "Data key last wrapped too long ago: due for rotation",
-        "Rotate: beam-envelope rotate FOLDER --from KEY --to KEY.",
+        "Data key due for rotation",
+        "It was last wrapped too long ago. Rotate: beam-envelope rotate FOLDER --from KEY --to KEY.",
     ),
     NOT_PERMITTED: (
         WARNING,

@@ -207,7 +207,7 @@ def _key_parts(document: dict[str, Any]) -> Iterator[str]:
     asked = document["kms_asked"]
     due = document["older_than_days"] is not None
     heads = [("KMS key", ""), *([("state", "")] if asked else []), ("files", "number"), ("stored", "number")]
-    heads += [("opened by it alone", "number"), *([("due", "number")] if due else [])]
+    heads += [("only key of", "number"), *([("due", "number")] if due else [])]
     heads += [("oldest", ""), ("newest", "")]
     cells = [_key_row(row, document["time"], asked=asked, due=due) for row in keys[:MAX_ROWS]]
     yield _table("Each KMS key, the one with the most data first", heads, cells)
@@ -245,10 +245,11 @@ def _age_parts(document: dict[str, Any]) -> Iterator[str]:
     most = max(row["files"] for row in ages) or 1
     days = document["older_than_days"]
     columns = "\n".join(_column(row, row["files"] / most, _look_of_age(row, days)) for row in ages)
+    due = "" if days is None else f'<p class="soft">Amber: wrapped over {days:g} days ago, due for rotation.</p>'
     yield f"""<figure><figcaption>Encrypted files and record keys by the age of their wrapped data key</figcaption>
 <ol class="columns">
 {columns}
-</ol></figure>"""
+</ol>{due}</figure>"""
     cells = [(_row_head(row["age"], code=False), _number(row["files"]), _bytes(row["bytes"])) for row in ages]
     yield _table("The same in numbers", [("age", ""), ("files", "number"), ("stored", "number")], cells)
 
