@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     keys = [open_key(key) for key in arguments.key]
     if arguments.html is not None and store_of(arguments.html).size(arguments.html) is not None:
         raise FileExistsError(errno.EEXIST, "the page exists, and is kept; name another", arguments.html)
-    document = audit(arguments.patterns, ask_kms=arguments.ask_kms, keys=keys, older_than_days=days)
+    with console.errors.status("Reading key files ..."):
+        document = audit(arguments.patterns, ask_kms=arguments.ask_kms, keys=keys, older_than_days=days)
     if arguments.html is not None:
         _write(arguments.html, render(document).encode())
     if arguments.json:

@@ -37,6 +37,7 @@ from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.context import encode_context
 from beam_envelope.keys.preflight import KeyUse, examine
 from beam_envelope.keys.provider import DataKey, Need, WrappedKey, kms_calls
+from beam_envelope.keys.state import KeyState
 from beam_envelope.keys.uri import open_key
 from beam_envelope.keys.vault import Vault
 
@@ -1347,3 +1348,33 @@ def test_a_policy_of_the_page_is_enough_for_the_role_and_every_line_of_it_is_nee
 
 def test_the_page_has_three_policies_for_vault():
     assert len(HCL) == 3
+
+
+def test_the_state_of_a_key_needs_read_on_it_and_nothing_else(bao, key, monkeypatch):
+    assert key.state() == KeyState("enabled")
+    assert Vault("none").state() == KeyState("not found", "Vault says 404: no more")
+    path = f"transit/keys/{key.name}"
+    monkeypatch.setenv("VAULT_TOKEN", token_for(bao, f"transit/decrypt/{key.name}"))
+    clear_caches()
+    assert key.state() == KeyState(
+        "not permitted",
+        f'not allowed to read {path}: the token needs a policy with path "{path}" {{ capabilities = ["read"] }}. '
+        "Vault says 403: permission denied",
+    )
+    bao.write("sys/policies/acl/reader", policy=f'path "{path}" {{ capabilities = ["read"] }}')
+    monkeypatch.setenv("VAULT_TOKEN", bao.write("auth/token/create", policies=["reader"])["auth"]["client_token"])
+    clear_caches()
+    assert key.state().state == "enabled"
+
+
+def test_a_key_that_was_soft_deleted_is_disabled(bao, key):
+    bao.call("DELETE", f"transit/keys/{key.name}/soft-delete")
+    assert key.state().state == "disabled"
+    bao.write(f"transit/keys/{key.name}/soft-delete-restore")
+    assert key.state().state == "enabled"
+
+
+def test_a_server_that_is_not_there_is_an_unknown_state(key, monkeypatch):
+    monkeypatch.setattr("beam_envelope.keys.vault_server._sleep", lambda _: None)
+    found = Vault(key.name, address="http://127.0.0.1:1").state()
+    assert (found.state, "could not be reached" in found.detail) == ("unknown", True)
