@@ -176,7 +176,7 @@ def _items(finding: dict[str, Any]) -> str:
     if len(rows) <= _FIRST_ROWS:
         return first
     rest = _table(f"{finding['title']}: more", heads, rows[_FIRST_ROWS:], hidden_caption=True)
-    more = _more(total, MAX_ROWS, "other")
+    more = _more(total, MAX_ROWS, "KMS key" if of_keys else "file")
     return f"{first}\n<details><summary>{len(rows) - _FIRST_ROWS:,} more</summary>\n{rest}{more}\n</details>"
 
 

@@ -7,9 +7,8 @@ from datetime import datetime, timedelta, timezone
 import pyarrow as pa
 import pytest
 
-from beam_envelope import create_dataset_key, create_parquet, create_records, create_shard
+from beam_envelope import create_dataset_key, create_parquet, create_records, create_shard, inventory
 from beam_envelope.formats.shard_layout import shard_size
-from beam_envelope import inventory
 from beam_envelope.inventory import Inventory, ShardEntry, list_shards
 from tests.running import write_files
 
@@ -264,7 +263,7 @@ def test_a_shard_that_lost_its_key_file_does_not_look_like_plaintext(tmp_path, l
 
 def test_only_so_many_are_looked_into_and_always_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(inventory, "_MAX_LOOKS", 2)
-    write_files(tmp_path, {name: b"text" for name in ("a", "b", "c", "d.parquet", "d.parquet.tmp", "e.parquets")})
+    write_files(tmp_path, dict.fromkeys(("a", "b", "c", "d.parquet", "d.parquet.tmp", "e.parquets"), b"text"))
     assert {name: entry.looks for name, entry in by_name(tmp_path).items()} == {
         "a": "text",
         "b": "text",

@@ -133,7 +133,7 @@ class _Listener:
                 self.send_response(404)
                 self.end_headers()
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815  # the name is http.server's
 
             def log_message(self, *_):
                 """Say nothing."""
