@@ -100,7 +100,7 @@ def _verdict(found: dict[str, int]) -> str:
     }[worst]
     words = ((CRITICAL, "critical finding"), (WARNING, "warning"), (NOTE, "note"))
     counts = ", ".join(_count(found[severity], noun) for severity, noun in words if found[severity])
-    return f'<p class="verdict {worst}" role="status"><strong>{said}</strong>{counts or "No findings"}</p>'
+    return f'<p class="verdict {worst}"><strong>{said}</strong>{counts or "No findings"}</p>'
 
 
 def _tiles(document: dict[str, Any]) -> str:

@@ -189,7 +189,11 @@ def test_charts_are_drawn_to_scale_and_have_titles(document):
     widths = [float(row["width"]) for row in parsed.all("rect") if row["class"].startswith("fill") and "y" not in row]
     most = document["kms_keys"][0]["bytes"]
     assert widths == [pytest.approx(max(100 * row["bytes"] / most, 0.7), abs=0.01) for row in document["kms_keys"]]
+    looks = [row["class"] for row in parsed.all("rect") if row["class"].startswith("fill") and "y" not in row]
+    assert looks == ["fill critical" if row["state"] == "pending deletion" else "fill " for row in document["kms_keys"]]
+    assert sum(look == "fill critical" for look in looks) == 1
     columns = [row for row in parsed.all("rect") if "y" in row]
+    assert [row["class"] for row in columns] == ["fill ", *["fill warning"] * 6, "fill "]  # older than half a day
     assert [float(row["height"]) for row in columns] == [100, 0, 0, 0, 0, 0, 0, 0]
     assert all(float(row["y"]) + float(row["height"]) == 100 for row in columns)
 

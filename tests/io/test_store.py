@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
+import boto3
 import pytest
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
 from apache_beam.io.filesystems import FileSystems
@@ -16,7 +18,7 @@ from beam_envelope import EnvelopeError, TamperedError, open_shard
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io import store
 from beam_envelope.io.s3 import S3Store
-from beam_envelope.io.store import BeamStore, LocalStore, expand, finds, quote_glob, same_place, split_glob
+from beam_envelope.io.store import BeamStore, LocalStore, expand, finds, quote_glob, same_place, split_glob, store_of
 from tests.running import decrypt, encrypt, fails, listing, read_files, with_key_files, write_files
 from tests.running import run as run_transform
 
@@ -388,3 +390,17 @@ def test_a_full_disk_leaves_nothing_and_says_which_file(tmp_path, local_key):
         assert listing(small) == []
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_every_store_tells_when_a_file_was_written(disk, moto_server):
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    boto3.client("s3").put_object(Bucket="bucket", Key="a.csv", Body=b"12345")
+    (disk / "a.csv").write_bytes(b"12345")
+    os.utime(disk / "a.csv", (1_700_000_000, 1_700_000_000))
+    for place in (f"{disk}/", "test-disk://", "s3://bucket/"):
+        file = store_of(place).find(f"{place}a.csv")
+        assert (file.path, file.size_in_bytes) == (f"{place}a.csv", 5)
+        written = time.time() if place.startswith("s3:") else 1_700_000_000
+        assert file.last_updated_in_seconds == pytest.approx(written, abs=120)
+        assert expand(f"{place}a.csv")[1] == expand(f"{place}*.csv")[1] == [file]
+        assert store_of(place).find(f"{place}none") is None
