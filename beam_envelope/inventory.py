@@ -205,13 +205,16 @@ class Inventory:
         key_file = key_file_path(draft.path)
         try:
             raw = read_small(key_file, MAX_KEY_FILE_BYTES + 1)
-        except FileNotFoundError:
-            if _MARKER.fullmatch(split_path(draft.path)[1]) and draft.stored_bytes <= _LARGEST_MARKER:
-                return replace(draft, kind=MARKER)
-            return _without_key_file(draft, may_look=may_look)
         except PermissionError as error:
             problem = f"its key file may not be read: {error.strerror or error}"
             return replace(draft, problem=problem, finding=CLOSED_KEY_FILE)
+        except OSError as error:
+            # Some Beam filesystems have an error of their own for a file that is not there.
+            if not isinstance(error, FileNotFoundError) and store_of(key_file).size(key_file) is not None:
+                raise
+            if _MARKER.fullmatch(split_path(draft.path)[1]) and draft.stored_bytes <= _LARGEST_MARKER:
+                return replace(draft, kind=MARKER)
+            return _without_key_file(draft, may_look=may_look)
         return _with_key_file(replace(draft, key_file_modified=self._key_file_time(key_file)), raw)
 
     def _key_file_entry(self, draft: ShardEntry) -> ShardEntry | None:

@@ -6,10 +6,12 @@ from datetime import datetime, timedelta, timezone
 
 import pyarrow as pa
 import pytest
+from apache_beam.io.filesystem import BeamIOError
 
 from beam_envelope import create_dataset_key, create_parquet, create_records, create_shard, inventory
 from beam_envelope.formats.shard_layout import shard_size
 from beam_envelope.inventory import Inventory, ShardEntry, list_shards
+from tests.io import test_store
 from tests.running import write_files
 
 
@@ -136,7 +138,7 @@ def test_an_entry_turns_into_json_types(sealed):
 
 def by_name(folder, **settings):
     """Return the entries below a folder by relative path."""
-    entries = Inventory([str(folder)], **settings).entries()
+    entries = Inventory([f"{folder}/"], **settings).entries()
     return {entry.path.removeprefix(f"{folder}/"): entry for entry in entries}
 
 
@@ -274,18 +276,43 @@ def test_only_so_many_are_looked_into_and_always_the_same(tmp_path, monkeypatch)
     }
 
 
-def test_a_key_file_that_may_not_be_read_is_told_and_the_rest_goes_on(sealed, monkeypatch):
-    read = inventory.read_small
+@pytest.fixture
+def on_disk(sealed, monkeypatch):
+    """The same shards, and a stray, in another Beam filesystem; call it with what to raise for files of a name."""
+    (sealed / "note.txt").write_bytes(b"plain")
+    monkeypatch.setattr(test_store, "ROOT", str(sealed.parent))
+    opened = test_store.DiskFileSystem.open
 
-    def refuse(path, limit):
-        if path.endswith("_KEY_FOR_a.csv.json"):
-            raise PermissionError(13, "Permission denied", path)
-        return read(path, limit)
+    def raise_for(name, error):
+        def refuse(self, path, *arguments, **settings):
+            if path.endswith(name):
+                raise error
+            return opened(self, path, *arguments, **settings)
 
-    monkeypatch.setattr(inventory, "read_small", refuse)  # root may read everything
-    entries = by_name(sealed)
+        monkeypatch.setattr(test_store.DiskFileSystem, "open", refuse)
+
+    return raise_for
+
+
+def test_a_key_file_that_may_not_be_read_is_told_and_the_rest_goes_on(on_disk):
+    on_disk("_KEY_FOR_a.csv.json", PermissionError(13, "Permission denied"))
+    entries = by_name("test-disk://sealed")
     assert (entries["a.csv"].finding, entries["sub/b"].finding) == ("key-file-not-permitted", "")
     assert entries["a.csv"].problem == "its key file may not be read: Permission denied"
+
+
+def test_an_error_of_beam_for_a_file_that_is_not_there_is_no_error(on_disk):
+    on_disk("_KEY_FOR_note.txt.json", BeamIOError("404"))
+    assert by_name("test-disk://sealed")["note.txt"].looks == "text"
+    on_disk("_KEY_FOR_a.csv.json", BeamIOError("503"))
+    with pytest.raises(OSError, match="503"):
+        by_name("test-disk://sealed")
+
+
+def test_a_stray_file_that_may_not_be_read_looks_like_nothing(on_disk):
+    on_disk("note.txt", PermissionError(13, "Permission denied"))
+    entry = by_name("test-disk://sealed")["note.txt"]
+    assert (entry.finding, entry.looks) == ("no-key-file", "")
 
 
 # --------------------------------------------------------------------------------------------------------- ages
