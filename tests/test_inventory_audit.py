@@ -9,6 +9,7 @@ import pytest
 
 from beam_envelope import create_parquet, create_shard, inventory_audit
 from beam_envelope.inventory_audit import audit
+from tests.io import test_store
 from tests.running import write_files
 from tests.test_inventory import TABLE
 
@@ -150,6 +151,17 @@ def test_plaintext_beside_a_key_file_that_cannot_be_used_is_plaintext(folder):
         "unreadable-key-file": ("critical", 1, ["a"]),
         "plaintext": ("critical", 1, ["b"]),
     }
+
+
+def test_a_store_that_tells_no_times_leaves_those_that_key_files_name(folder, local_key, monkeypatch):
+    seal(folder / "ok/a", local_key)
+    write_files(folder, {"bad/a": b"x" * 100, "bad/_KEY_FOR_a.json": b"{}", "bad/b": b"text"})
+    monkeypatch.setattr(test_store, "ROOT", str(folder.parent))
+    monkeypatch.setattr(test_store.DiskFileSystem, "last_updated", lambda *_: 0.0)
+    document = audit(["test-disk://sealed/"])
+    assert document["kms_keys"][0]["oldest"][:4] >= "2026"
+    assert {row["age"] for row in document["ages"] if row["files"]} == {"under 30 days"}
+    assert {row["kind"]: row["files"] for row in document["findings"]} == {"unreadable-key-file": 1, "plaintext": 1}
 
 
 def test_what_is_amiss_is_told_with_what_to_do_the_most_urgent_first(folder, local_key):
