@@ -105,9 +105,9 @@ def replace_key_file(path: str, old: bytes, new: bytes) -> None:
             replace_object(path, old, new)
         except FileExistsError:
             # A request that boto3 sent twice finds its own work.
-            _check_unchanged(path, read_key_file(path), new)
+            _check_unchanged(path, read_small(path, len(new) + 1), new)
     else:
-        _check_unchanged(path, read_key_file(path), old)
+        _check_unchanged(path, read_small(path, len(old) + 1), old)
         _replace_in_beam(path, new)
 
 

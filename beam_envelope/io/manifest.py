@@ -18,7 +18,7 @@ from beam_envelope.errors import ManifestError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestEntry
 from beam_envelope.io.keyfiles import KeyFileReplacedError, replace_key_file, settle
-from beam_envelope.io.store import BeamStore, key_file_path, read_small, same_place, split_path, store_of
+from beam_envelope.io.store import BeamStore, key_file_path, quote_glob, read_small, same_place, split_path, store_of
 from beam_envelope.keys.cache import generate_data_key, unwrap
 from beam_envelope.keys.context import AnyContext, match_context
 from beam_envelope.keys.provider import KeyProvider
@@ -138,6 +138,8 @@ def _changes(manifest: Manifest, written: Iterable[WrittenShard], folder: str) -
         if not place.startswith(folder):
             raise ManifestError(f"{shard.path} is not below {folder}, whose manifest was to list it")
         name = place[len(folder) :]
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ManifestError(f"{shard.path} has a name that no manifest takes. Write without // and .. in paths")
         said = latest[name][1] if name in latest else None
         if said != shard.entry and (shard.anew or said is None):
             changes[name] = shard.entry
@@ -178,9 +180,18 @@ def nearest(folder: str) -> tuple[str, bytes] | None:
             return parent + MANIFEST_NAME, read_manifest(parent + MANIFEST_NAME)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except PermissionError:  # S3 hides what is not there from those who may not list
-            continue
+        except PermissionError:
+            if _is_listed(parent + MANIFEST_NAME):
+                raise
     return None
+
+
+def _is_listed(path: str) -> bool:
+    """Whether a listing shows a file: S3 denies what is not there, too, to those who may not list."""
+    try:
+        return any(True for _ in store_of(path).match(quote_glob(path)))
+    except PermissionError:
+        return False
 
 
 def read_manifest(path: str) -> bytes:

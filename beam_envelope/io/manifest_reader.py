@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, cast
 
 from beam_envelope.arguments import MANIFEST_MODES
 from beam_envelope.errors import ContextMismatchError, KeyAccessError, ManifestError, WrongKeyError
-from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile
+from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, is_internal
 from beam_envelope.formats.manifest import Manifest
 from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest, verify_section
 from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, split_glob, split_path
@@ -45,6 +45,12 @@ def checked_mode(manifest: str) -> ManifestMode:
     return cast("ManifestMode", manifest)
 
 
+def may_be_listed(path: str) -> bool:
+    """Whether a file is one that `ManifestReader.check` is to be told of: a shard, or a manifest."""
+    name = split_path(path)[1]
+    return name == MANIFEST_NAME or not is_internal(name)
+
+
 @dataclass(frozen=True)
 class ManifestReader:
     """Holds what is read against the manifests that speak for it. Configuration only, so it travels.
@@ -69,7 +75,7 @@ class ManifestReader:
 
         Args:
             pattern: the glob that finds the shards.
-            paths: the shards that it found.
+            paths: the shards that it found; manifests may be among them, and speak also for shards that are all gone.
             failures: takes what is wrong with single shards, by their paths, instead of raising it.
 
         Returns:
@@ -93,12 +99,24 @@ class ManifestReader:
         """Compare, and return what is missing or not listed instead of raising for it. Otherwise as `check`."""
         if self.mode == "ignore":
             return Survey((), {}, (), ())
+        run = _runs().of(self.run)
+        known = run.used
+        with contextlib.suppress(*([ManifestError] if known else [])):
+            found = self._survey(pattern, paths, run)
+            if not known or not (found.missing or found.extra):
+                return found
+        # What this reader has read may be a minute old: a job may have added to it.
+        return self._survey(pattern, paths, _runs().of(self.run, anew=True))
+
+    def _survey(self, pattern: str, paths: Sequence[str], run: _Run) -> Survey:
         folder = split_glob(pattern)[0]
         below = canonical(folder)
         places = {path: same_place(path) for path in paths}
+        folders = {split_path(place)[0] for place in places.values()}
+        places = {path: place for path, place in places.items() if split_path(path)[1] != MANIFEST_NAME}
         listed: dict[str, str] = {}
-        with _runs().of(self.run) as loaded:
-            manifests = loaded.manifests(below, places.values())
+        with run as loaded:
+            manifests = loaded.manifests(below, folders)
             if not manifests and self.mode == "require":
                 msg = (
                     f"{folder or './'} has no {MANIFEST_NAME}, nor has a folder above it: it was lost, or the shards "
@@ -161,10 +179,10 @@ class _Runs:
         self._lock = threading.Lock()
         self._by_run: OrderedDict[str, _Run] = OrderedDict()
 
-    def of(self, run: str) -> _Run:
+    def of(self, run: str, *, anew: bool = False) -> _Run:
         with self._lock:
             found = self._by_run.pop(run, None)
-            if found is None or found.expired():
+            if found is None or anew or found.expired():
                 found = _Run()
             self._by_run[run] = found
             while len(self._by_run) > _MAX_RUNS:
@@ -184,6 +202,7 @@ class _Run:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.used = False
         self._expires = time.monotonic() + _TTL_S
         self._nearest: dict[str, tuple[str, bytes] | None] = {}
         self._loaded: dict[str, _Loaded | None] = {}
@@ -196,16 +215,17 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.used = True
         self._lock.release()
 
-    def manifests(self, folder: str, places: Iterable[str]) -> list[_Loaded]:
-        """Return the manifests that speak for some places below a folder: at or above it the nearest, below it all."""
+    def manifests(self, folder: str, folders: Iterable[str]) -> list[_Loaded]:
+        """Return the manifests that speak for some folders below one: at or above that the nearest, below it all."""
         if folder not in self._nearest:
             self._nearest[folder] = nearest(folder)
         top = self._nearest[folder]
         if top is not None and top[0] not in self._loaded:
             self._loaded[top[0]] = _Loaded(*top)
-        inner = {parent + MANIFEST_NAME for place in places for parent in parents(split_path(place)[0], folder)}
+        inner = {parent + MANIFEST_NAME for place in folders for parent in parents(place, folder)}
         unknown = sorted(inner - self._loaded.keys())
         there = existing(unknown, folder) if unknown else set()
         self._loaded |= {path: _Loaded(path, read_manifest(path)) if path in there else None for path in unknown}

@@ -12,14 +12,14 @@ import pyarrow as pa
 from apache_beam import typehints
 from apache_beam.io.filesystems import FileSystems
 
-from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, KeyFile, is_internal
+from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile, is_internal
 from beam_envelope.formats.parquet import missing_parquet_key_file, open_sealed_parquet
 from beam_envelope.formats.parquet_reader import EncryptedParquetReader, Filter, OnDenied
 from beam_envelope.formats.shard_layout import HEADER_BYTES
 from beam_envelope.io.filesystem import PREFIX
 from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
 from beam_envelope.io.parquet_rows import row_type, to_rows
-from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_glob, store_of
+from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_glob, split_path, store_of
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
@@ -69,13 +69,18 @@ def find_parquet(pattern: str) -> tuple[str, list[str]]:
         FileNotFoundError: there is none.
         OSError: from the store.
     """
+    return _find(pattern)[:2]
+
+
+def _find(pattern: str) -> tuple[str, list[str], list[str]]:
+    """Return what `find_parquet` does, and the manifests beside the files. Raises as it."""
     glob, found = expand(pattern)
     below = len(split_glob(glob)[0])
     paths = [metadata.path for metadata in found]
     files = [path for path in paths if not any(map(is_internal, path[below:].split("/")))]
     if not files:
         raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no Parquet file", pattern)
-    return glob, files
+    return glob, files, [path for path in paths if split_path(path)[1] == MANIFEST_NAME]
 
 
 @dataclass(frozen=True)
@@ -123,19 +128,19 @@ class ReadSettings:
         """Open a file. Raises as `open_parquet_at`."""
         return open_parquet_at(path, self.keys, self.context, on_denied=self.on_denied, shard_id=shard_id)
 
-    def find(self, pattern: str) -> tuple[str, list[str]]:
-        """Return a glob and the files. Raises as `find_parquet`, but for FileNotFoundError without `validate`."""
+    def find(self, pattern: str) -> tuple[str, list[str], list[str]]:
+        """Return a glob, the files and the manifests. Raises as `find_parquet`; none is no error without `validate`."""
         try:
-            return find_parquet(pattern)
+            return _find(pattern)
         except FileNotFoundError:
             if self.validate:
                 raise
-            return pattern, []
+            return pattern, [], []
 
     def find_listed(self, pattern: str) -> list[tuple[str, str]]:
         """Return the files, each with the shard id that a manifest lists, or "". Raises as `ManifestReader.check`."""
-        glob, paths = self.find(pattern)
-        shard_ids = self.manifest.check(glob, paths)
+        glob, paths, manifests = self.find(pattern)
+        shard_ids = self.manifest.check(glob, [*paths, *manifests])
         return [(path, shard_ids.get(path, "")) for path in paths]
 
     def schema(self, path: str) -> pa.Schema:
@@ -339,7 +344,7 @@ class ReadEncryptedParquet(beam.PTransform["beam.pvalue.PBegin", "beam.PCollecti
         super().__init__()
         self._pattern = _checked_pattern(pattern)
         reads = ReadSettings.of(**settings)
-        _, found = reads.find(pattern)
+        _, found, _ = reads.find(pattern)
         if as_rows and schema is None:
             if not found:
                 raise ValueError(f"as_rows needs schema=, since no file matches {pattern} yet")

@@ -16,11 +16,11 @@ import apache_beam as beam
 from apache_beam.io import textio
 from apache_beam.io.filebasedsource import ReadAllFiles
 
-from beam_envelope.formats.keyfile import KeyFile, is_internal
+from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.io.filesystem import inner_path, outer_path
 from beam_envelope.io.keyfiles import read_key_file
 from beam_envelope.io.manifest import WrittenShard, shard_on_store
-from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode
+from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode, may_be_listed
 from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings, use_settings
 from beam_envelope.io.store import expand, key_file_path, split_path
@@ -243,7 +243,7 @@ def _find_listed(pattern: str, manifest: ManifestReader) -> Mapping[str, str]:
         glob, found = expand(pattern)
     except FileNotFoundError:  # Beam tells of it, unless nobody wants to know
         return manifest.check(pattern, [])
-    return manifest.check(glob, [shard.path for shard in found if not is_internal(split_path(shard.path)[1])])
+    return manifest.check(glob, [shard.path for shard in found if may_be_listed(shard.path)])
 
 
 def _checked(pattern: str, manifest: ManifestReader) -> str:

@@ -14,7 +14,7 @@ from beam_envelope.arguments import IF_EXISTS
 from beam_envelope.errors import ManifestError
 from beam_envelope.formats.keyfile import is_internal
 from beam_envelope.formats.shard import refuse_encrypted
-from beam_envelope.io.manifest_reader import ManifestReader
+from beam_envelope.io.manifest_reader import ManifestReader, may_be_listed
 from beam_envelope.io.store import (
     existing,
     expand,
@@ -172,11 +172,12 @@ class DecryptPlan:
         pattern, found = _found(source)
         base = self.relative_to or split_glob(pattern)[0]
         shards = [metadata for metadata in found if not is_internal(split_path(metadata.path)[1])]
+        shard_ids: Mapping[str, str] = {}
+        listed = [metadata.path for metadata in found if may_be_listed(metadata.path)]
+        if self.manifest is not None and listed:
+            shard_ids = self.manifest.check(pattern, listed, failures)
         if not shards:
             raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no shard", pattern)
-        shard_ids: Mapping[str, str] = {}
-        if self.manifest is not None:
-            shard_ids = self.manifest.check(pattern, [shard.path for shard in shards], failures)
         tasks: list[Task] = []
         for metadata in shards:
             if failures and metadata.path in failures:

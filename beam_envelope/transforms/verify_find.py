@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 from beam_envelope.errors import EnvelopeError, KeyAccessError, KmsUnavailableError
-from beam_envelope.formats.keyfile import KEY_FILE_PREFIX, KEY_FILE_SUFFIX, MANIFEST_NAME, is_internal, is_key_file
+from beam_envelope.formats.keyfile import KEY_FILE_PREFIX, KEY_FILE_SUFFIX, MANIFEST_NAME, is_key_file
 from beam_envelope.io.keyfiles import find_key_files
-from beam_envelope.io.manifest_reader import EXTRA, MISSING, ManifestReader
+from beam_envelope.io.manifest_reader import EXTRA, MISSING, ManifestReader, may_be_listed
 from beam_envelope.io.store import expand, split_glob, split_path, store_of
 
 
@@ -32,7 +32,7 @@ def find_listed(pattern: str, manifest: ManifestReader) -> dict[str, Found]:
         KeyAccessError, KmsUnavailableError: from the KMS.
     """
     found = {path: Found(size) for path, size in find_files(pattern).items()}
-    data = [path for path, file in found.items() if file.size is not None and not is_internal(split_path(path)[1])]
+    data = [path for path, file in found.items() if file.size is not None and may_be_listed(path)]
     try:
         glob = expand(pattern)[0]
     except FileNotFoundError:
