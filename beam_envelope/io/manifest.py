@@ -18,7 +18,16 @@ from beam_envelope.errors import ManifestError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestEntry
 from beam_envelope.io.keyfiles import KeyFileReplacedError, replace_key_file, settle
-from beam_envelope.io.store import BeamStore, key_file_path, quote_glob, read_small, same_place, split_path, store_of
+from beam_envelope.io.store import (
+    BeamStore,
+    key_file_path,
+    quote_glob,
+    read_small,
+    same_place,
+    same_places,
+    split_path,
+    store_of,
+)
 from beam_envelope.keys.cache import generate_data_key, unwrap
 from beam_envelope.keys.context import AnyContext, match_context
 from beam_envelope.keys.provider import KeyProvider
@@ -130,11 +139,12 @@ def verify_section(
         section.verify(opened, what)
 
 
-def _changes(manifest: Manifest, written: Iterable[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
+def _changes(manifest: Manifest, written: Sequence[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
     latest = manifest.latest()
     changes: dict[str, ManifestEntry | None] = {}
+    places = same_places(shard.path for shard in written)
     for shard in written:
-        place = same_place(shard.path)
+        place = places[shard.path]
         if not place.startswith(folder):
             raise ManifestError(f"{shard.path} is not below {folder}, whose manifest was to list it")
         name = place[len(folder) :]

@@ -16,7 +16,7 @@ from beam_envelope.errors import ContextMismatchError, KeyAccessError, ManifestE
 from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, is_internal
 from beam_envelope.formats.manifest import Manifest
 from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest, verify_section
-from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, split_glob, split_path
+from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, same_places, split_glob, split_path
 from beam_envelope.keys.cache import shared
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
@@ -111,7 +111,7 @@ class ManifestReader:
     def _survey(self, pattern: str, paths: Sequence[str], run: _Run) -> Survey:
         folder = split_glob(pattern)[0]
         below = canonical(folder)
-        places = {path: same_place(path) for path in paths}
+        places = same_places(paths)
         folders = {split_path(place)[0] for place in places.values()}
         places = {path: place for path, place in places.items() if split_path(path)[1] != MANIFEST_NAME}
         listed: dict[str, str] = {}

@@ -107,6 +107,18 @@ def same_place(path: str) -> str:
     return os.path.join(os.path.realpath(folder or "."), name)
 
 
+def same_places(paths: Iterable[str]) -> dict[str, str]:
+    """Return `same_place` of each path; the links of each folder are resolved once."""
+    folders: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for path in paths:
+        folder, name = split_path(path)
+        if folder not in folders:
+            folders[folder] = split_path(same_place(path))[0]
+        places[path] = folders[folder] + name
+    return places
+
+
 def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
     """Find the files that a user names: a glob, a file, or a folder, which stands for all that is below it.
 
