@@ -8,7 +8,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_envelope import DecryptFiles, EncryptFiles, jobs
-from beam_envelope.formats.keyfile import key_file_name
+from beam_envelope.formats.keyfile import MANIFEST_NAME, key_file_name
 
 _results = []
 
@@ -81,3 +81,8 @@ def with_key_files(*names):
     folders = [name.rpartition("/") for name in names]
     key_files = [folder + separator + key_file_name(name) for folder, separator, name in folders]
     return sorted([*names, *key_files])
+
+
+def with_manifest(*names):
+    """Return the listing of a folder that a job filled with these shards: key files, the manifest, nothing else."""
+    return sorted([*with_key_files(*names), MANIFEST_NAME])

@@ -20,7 +20,7 @@ import beam_envelope
 from beam_envelope import cli, console, jobs
 from beam_envelope.formats.shard_layout import shard_size
 from beam_envelope.keys.provider import kms_calls
-from tests.running import listing, read_files, with_key_files, write_files
+from tests.running import listing, read_files, with_manifest, write_files
 
 CONTENTS = {"a.csv": b"alpha\n" * 10_000, "sub/b.csv": b"beta\n", "sub/empty": b""}
 CONTEXT = ("--context", "dataset=flights")
@@ -132,7 +132,7 @@ def test_what_is_encrypted_is_decrypted(run, key):
         r"KMS calls: 1 GenerateDataKey, and 1 to check the key first\.\n",
         out,
     )
-    assert listing("sealed") == with_key_files(*CONTENTS)
+    assert listing("sealed") == with_manifest(*CONTENTS)
     status, out, _ = run("decrypt", "sealed/**", "--output", "opened/", "--key", key, *CONTEXT)
     assert status == 0
     assert out.startswith("Decrypted 3 files, 60.0 kB in ")
@@ -177,7 +177,7 @@ def test_all_options_of_a_job_are_taken(run, key):
     run("keygen", "--key", f"{key}?name=second")
     status, _, err = run("encrypt", "data/a.csv", "--output", "sealed", *options, "--key", f"{key}?name=second")
     assert status == 0, err
-    assert listing("sealed") == with_key_files("a-00000-of-00003.csv", "a-00001-of-00003.csv", "a-00002-of-00003.csv")
+    assert listing("sealed") == with_manifest("a-00000-of-00003.csv", "a-00001-of-00003.csv", "a-00002-of-00003.csv")
     run("decrypt", "sealed", "--output", "opened", "--key", f"{key}?name=second")
     parts = list(read_files("opened").values())
     assert parts[0] + b"".join(part.removeprefix(b"alpha\n") for part in parts[1:]) == CONTENTS["a.csv"]

@@ -9,7 +9,7 @@ from apache_beam.io.filesystems import FileSystems
 from beam_envelope import cli, open_parquet, table_arguments
 from beam_envelope.testing import find_plaintext
 from tests.formats.parquets import PEOPLE
-from tests.running import listing, read_files, with_key_files, write_files
+from tests.running import listing, read_files, with_manifest, write_files
 from tests.tables import read_table, read_tables, same, write_tables
 
 CONTEXT = ("--context", "dataset=people")
@@ -48,7 +48,7 @@ def test_a_dataset_round_trips(run, key, tmp_path):
     status, out, err = run("encrypt", "people/", *words, *columns)
     assert (status, out[:25]) == (0, "Encrypted 2 files, 15 row"), err
     assert "KMS calls: 2 GenerateDataKey, and 2 to check the key first." in out
-    assert listing("sealed") == with_key_files(*TREE)
+    assert listing("sealed") == with_manifest(*TREE)
     assert find_plaintext(tmp_path / "sealed", b"123-45-00") == []
     with open_parquet("sealed/dt=1/a.parquet", key=key, context={"dataset": "people"}) as reader:
         assert [leaf for leaf, access in reader.columns.items() if access == "denied"] == ["ssn", "address.zip"]

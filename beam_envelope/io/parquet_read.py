@@ -140,7 +140,8 @@ class ReadSettings:
     def find_listed(self, pattern: str) -> list[tuple[str, str]]:
         """Return the files, each with the shard id that a manifest lists, or "". Raises as `ManifestReader.check`."""
         glob, paths, manifests = self.find(pattern)
-        shard_ids = self.manifest.check(glob, [*paths, *manifests])
+        with Progress():
+            shard_ids = self.manifest.check(glob, [*paths, *manifests])
         return [(path, shard_ids.get(path, "")) for path in paths]
 
     def schema(self, path: str) -> pa.Schema:

@@ -81,7 +81,9 @@ class _PlanDoFn(beam.DoFn):
     def process(self, source: str | FileMetadata) -> Iterator[Any]:
         failures: dict[str, ManifestError] | None = {} if self._catch else None
         try:
-            for task in self._plan.tasks(source, failures):
+            with Progress():
+                tasks = self._plan.tasks(source, failures)
+            for task in tasks:
                 yield task.target, task
             for path, failure in (failures or {}).items():
                 yield beam.pvalue.TaggedOutput("failed", _failed(path, failure))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beam_envelope.testing import find_plaintext
-from tests.running import with_key_files, write_files
+from tests.running import with_manifest, write_files
 from tests.wire import s3_error
 
 KEY = ("--key", "aws-kms://alias/etl")
@@ -44,7 +44,7 @@ class TestJobs:
         calls = raw.calls()
         assert calls["GenerateDataKey"] == 1 + 1  # that of the check, before anything starts, is thrown away
         assert calls["PutObject"] == 2 * 5
-        assert sorted(raw.keys("sealed")) == with_key_files(*FILES)
+        assert sorted(raw.keys("sealed")) == with_manifest(*FILES)
         assert find_plaintext(write_files(tmp_path, raw.read("sealed")), b"CANARY-") == []
 
         said = command("inspect", "s3://sealed/2026", "--json")
@@ -200,7 +200,7 @@ def test_a_killed_job_is_finished_by_another_that_skips_what_is_whole(raw, comma
         assert child.wait() == -signal.SIGKILL
     left = raw.keys("sealed")
     shards = [name for name in FILES if name in left]
-    assert left == with_key_files(*shards)
+    assert left == with_manifest(*shards)
     assert raw.uploads("sealed") == ["2026/large.bin"]
 
     # As if the job had been killed between a key file and its shard, too.
@@ -217,7 +217,7 @@ def test_a_killed_job_is_finished_by_another_that_skips_what_is_whole(raw, comma
     assert json.loads(said.output)["files_skipped"] == len(shards)
     assert json.loads(said.output)["files"] == len(FILES) + 1 - len(shards)
     after = raw.read("sealed")
-    assert sorted(after) == with_key_files(*FILES, "2026/large.bin")
+    assert sorted(after) == with_manifest(*FILES, "2026/large.bin")
     assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
 
     assert command(*decrypt()).status == 0

@@ -12,7 +12,7 @@ from beam_envelope import DecryptFiles, EncryptFiles, jobs
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.io import s3
 from beam_envelope.testing import find_plaintext
-from tests.running import decrypt, encrypt, fails, read_files, run, with_key_files, write_files
+from tests.running import decrypt, encrypt, fails, read_files, run, with_manifest, write_files
 
 CONTEXT = {"dataset": "flights", "tenant": "a"}
 CANARY = b"CANARY-4111111111111111"
@@ -45,7 +45,7 @@ def test_from_s3_to_s3_and_back(raw):
     arn = raw.create_key("alias/etl")
     job = encrypt("s3://raw/2026/**", "s3://sealed/out", "aws-kms://alias/etl", context=CONTEXT)
     names = [f"out/{name}" for name in below("2026/", FILES)]
-    assert sorted(raw.keys("sealed")) == with_key_files(*names)
+    assert sorted(raw.keys("sealed")) == with_manifest(*names)
     assert [result.shard for result in job.results] == sorted(f"s3://sealed/{name}" for name in names)
     key_file = KeyFile.from_bytes(raw.read("sealed")["out/_KEY_FOR_a.csv.json"], "a key file")
     assert [form.kms_key for form in key_file.data_keys[0].wrapped_keys] == [arn]
@@ -61,7 +61,7 @@ def test_from_a_disk_to_s3_and_back(aws, tmp_path):
     aws.create_key("alias/etl")
     source = write_files(tmp_path / "source", FILES)
     encrypt(source, "s3://sealed/", "aws-kms://alias/etl")
-    assert sorted(aws.keys("sealed")) == with_key_files(*FILES)
+    assert sorted(aws.keys("sealed")) == with_manifest(*FILES)
     decrypt("s3://sealed/", tmp_path / "opened", "aws-kms://alias/etl")
     assert read_files(tmp_path / "opened") == FILES
 
@@ -182,7 +182,7 @@ def test_a_hundred_files_in_one_bundle_are_one_call_to_kms_and_few_to_s3(aws, mo
         "HeadObject": 1 + 100,  # whether the glob is the name of a file; whether there is an old shard to remove
         "ListObjectsV2": 1 + 1 + 1 + 1,  # the same for a folder; the files; key files beside them; shards that exist
     }
-    assert sorted(aws.keys("sealed")) == with_key_files(*below("many/", HUNDRED))
+    assert sorted(aws.keys("sealed")) == with_manifest(*below("many/", HUNDRED))
 
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", aws.endpoint)

@@ -12,7 +12,7 @@ from beam_envelope.errors import WrongKeyError
 from beam_envelope.io import filesystem
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.testing import find_plaintext
-from tests.running import listing, with_key_files
+from tests.running import listing, with_manifest
 
 EVENTS = [{"tenant": tenant, "text": f"CANARY-{tenant}-{number:04}"} for number in range(300) for tenant in ("a", "b")]
 
@@ -63,7 +63,7 @@ def test_each_tenant_has_its_own_key_and_context(tmp_path, tenants):
         )
         names = [f"{tmp_path}/sealed/{tenant}-00000-of-00001.txt" for tenant in ("a", "b")]
         assert_that(results | beam.Map(lambda result: result.file_name), equal_to(names))
-    assert listing(tmp_path / "sealed") == with_key_files("a-00000-of-00001.txt", "b-00000-of-00001.txt")
+    assert listing(tmp_path / "sealed") == with_manifest("a-00000-of-00001.txt", "b-00000-of-00001.txt")
     for tenant, key in tenants.items():
         shard = tmp_path / "sealed" / f"{tenant}-00000-of-00001.txt"
         with open_shard(shard, key=key, context={"tenant": tenant}) as stream:

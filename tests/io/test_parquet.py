@@ -35,7 +35,7 @@ from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.testing import find_plaintext
 from tests.io.parquet_helpers import ROWS, SCHEMA, all_rows, collect, error_of, pipeline, rows_of, write
-from tests.running import listing, with_key_files
+from tests.running import listing, with_manifest
 
 CANARIES = (b"CANARY-NAME", b"CANARY-SSN")
 
@@ -78,7 +78,7 @@ PEOPLE = [
 
 def test_dicts_come_back_and_are_nowhere_in_clear(tmp_path, local_key, pii_key):
     (file,) = write(tmp_path / "out" / "part", local_key, columns={"ssn": pii_key}, context={"dataset": "d"})
-    assert listing(tmp_path / "out") == with_key_files("part-00000-of-00001.parquet")
+    assert listing(tmp_path / "out") == with_manifest("part-00000-of-00001.parquet")
     assert list((tmp_path / "out").glob("_TMP_*")) == []
     assert file.path == f"{tmp_path}/out/part-00000-of-00001.parquet"
     assert file.key_file == f"{tmp_path}/out/_KEY_FOR_part-00000-of-00001.parquet.json"
@@ -351,7 +351,7 @@ def test_a_prefix_is_in_a_folder_of_a_partition(tmp_path, local_key):
 def test_a_job_that_runs_again_replaces_its_files(tmp_path, local_key):
     write(tmp_path / "part", local_key, ROWS[:10])
     write(tmp_path / "part", local_key, ROWS[5:])
-    assert listing(tmp_path) == sorted([*with_key_files("part-00000-of-00001.parquet"), "keyring/keyring.json"])
+    assert listing(tmp_path) == sorted([*with_manifest("part-00000-of-00001.parquet"), "keyring/keyring.json"])
     assert all_rows(f"{tmp_path}/part*", local_key) == ROWS[5:]
 
 
@@ -595,7 +595,7 @@ def test_a_move_that_is_tried_again_ends_well_and_a_lost_file_is_an_error(tmp_pa
     final = f"{tmp_path}/moved.parquet"
     moved = publish(file, final)
     assert publish(file, final) == moved, "done already"
-    assert listing(tmp_path) == sorted([*with_key_files("moved.parquet"), "keyring/keyring.json"])
+    assert listing(tmp_path) == sorted([*with_manifest("moved.parquet"), "keyring/keyring.json"])
 
     def is_refused():
         with pytest.raises(EnvelopeError, match=r"moved\.parquet is not there after it was written and moved from"):

@@ -25,7 +25,7 @@ from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.testing import find_plaintext
 from tests.io.parquet_helpers import ROWS, SCHEMA, all_rows, collect, error_of, pipeline, rows_of, write
-from tests.running import listing, with_key_files
+from tests.running import listing, with_manifest
 
 KEY = "aws-kms://alias/etl"
 PII = "aws-kms://alias/pii"
@@ -85,7 +85,7 @@ def test_a_bundle_that_is_tried_again_leaves_no_row_twice(tmp_path, local_key, n
         _ = tables | WriteEncryptedParquet(f"{tmp_path}/out/part", SCHEMA, **settings)
     assert (tmp_path / "mark").exists()
     assert all_rows(f"{tmp_path}/out", local_key) == ROWS
-    assert listing(tmp_path / "out") == with_key_files(*rows_of(f"{tmp_path}/out", local_key)), "no leftovers"
+    assert listing(tmp_path / "out") == with_manifest(*rows_of(f"{tmp_path}/out", local_key)), "no leftovers"
     assert find_plaintext([tmp_path], *CANARIES) == []
 
 
@@ -101,7 +101,7 @@ def test_a_writer_that_fails_once_leaves_no_row_twice(tmp_path, local_key, monke
         _ = p | beam.Create(TABLES) | WriteEncryptedParquet(f"{tmp_path}/out/part", SCHEMA, **settings)
     assert (tmp_path / "mark").exists()
     assert all_rows(f"{tmp_path}/out", local_key) == ROWS
-    assert listing(tmp_path / "out") == with_key_files(*rows_of(f"{tmp_path}/out", local_key))
+    assert listing(tmp_path / "out") == with_manifest(*rows_of(f"{tmp_path}/out", local_key))
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -115,7 +115,7 @@ def test_a_move_that_fails_once_leaves_no_row_twice(tmp_path, local_key, monkeyp
     assert all_rows(f"{tmp_path}/out", local_key) == ROWS
     found = rows_of(f"{tmp_path}/out", local_key)
     assert sorted(found) == [f"part-{number:05}-of-{len(found):05}.parquet" for number in range(len(found))]
-    assert listing(tmp_path / "out") == with_key_files(*found)
+    assert listing(tmp_path / "out") == with_manifest(*found)
 
 
 def test_a_job_that_fails_leaves_nothing_that_is_read(tmp_path, local_key):
@@ -267,7 +267,7 @@ def test_several_processes_write_and_read(tmp_path, two_keys):
     written = two_keys.calls["GenerateDataKey"]
     found = rows_of(f"{tmp_path}/out", [KEY, PII])
     assert sorted((row for rows in found.values() for row in rows), key=lambda row: row["id"]) == ROWS
-    assert listing(tmp_path / "out") == with_key_files(*found)
+    assert listing(tmp_path / "out") == with_manifest(*found)
     assert written == 2 * len(found), "a bundle for each file"
     clear_caches()
     before = two_keys.calls["Decrypt"]
@@ -312,7 +312,7 @@ def names_in(client):
 def test_files_are_on_s3(tmp_path, bucket, local_key):
     files = write("s3://sealed/day=1/part", local_key, max_rows_per_file=400)
     assert [file.path for file in files] == [f"s3://sealed/day=1/part-0000{n}-of-00003.parquet" for n in range(3)]
-    assert names_in(bucket) == with_key_files(*(f"day=1/part-0000{n}-of-00003.parquet" for n in range(3)))
+    assert names_in(bucket) == with_manifest(*(f"day=1/part-0000{n}-of-00003.parquet" for n in range(3)))
     rows = collect(ReadEncryptedParquet("s3://sealed/day=1/*", key=local_key))
     assert sorted(rows, key=lambda row: row["id"]) == ROWS
     rows = collect(beam.Create(["s3://sealed/"]), ReadAllEncryptedParquet(key=local_key, columns=["id"]))

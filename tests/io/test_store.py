@@ -19,7 +19,7 @@ from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io import store
 from beam_envelope.io.s3 import S3Store
 from beam_envelope.io.store import BeamStore, LocalStore, expand, finds, quote_glob, same_place, split_glob, store_of
-from tests.running import decrypt, encrypt, fails, listing, read_files, with_key_files, write_files
+from tests.running import decrypt, encrypt, fails, listing, read_files, with_manifest, write_files
 from tests.running import run as run_transform
 
 
@@ -265,7 +265,7 @@ CONTENTS = {"a.csv": b"alpha\n" * 9, "sub/b.csv.gz": b"not really gzip" * 2000, 
 def test_files_go_to_another_filesystem_and_come_back(disk, tmp_path, local_key):
     data = write_files(tmp_path / "data", CONTENTS)
     encrypt(data, "test-disk://box/sealed", local_key)
-    assert listing(disk / "box/sealed") == with_key_files(*CONTENTS)
+    assert listing(disk / "box/sealed") == with_manifest(*CONTENTS)
     decrypt("test-disk://box/sealed/**", "test-disk://box/opened/", local_key)
     assert read_files(disk / "box/opened") == CONTENTS  # byte for byte: Beam would pack and unpack what ends in .gz
 

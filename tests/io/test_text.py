@@ -19,7 +19,7 @@ from beam_envelope import ANY_CONTEXT, ReadAllEncryptedText, ReadEncryptedText, 
 from beam_envelope.errors import ContextMismatchError, WrongKeyError
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.testing import find_plaintext
-from tests.running import listing, with_key_files
+from tests.running import listing, with_manifest
 
 LINES = [f"CANARY-LINE-{number:05}" for number in range(2000)]
 
@@ -48,7 +48,7 @@ def lines_of(path, key, context=None):
 
 def test_lines_come_back_and_are_nowhere_in_clear(tmp_path, local_key):
     write(tmp_path / "sealed" / "part", local_key, file_name_suffix=".txt")
-    assert listing(tmp_path / "sealed") == with_key_files("part-00000-of-00001.txt")
+    assert listing(tmp_path / "sealed") == with_manifest("part-00000-of-00001.txt")
     with pipeline() as p:
         assert_that(p | ReadEncryptedText(f"{tmp_path}/sealed/part*", key=local_key), equal_to(LINES))
     assert find_plaintext([tmp_path], b"CANARY-LINE") == []

@@ -5,7 +5,7 @@ from apache_beam.runners.runner import PipelineState
 
 from beam_envelope import open_shard
 from pipelines import encrypt
-from tests.running import listing, with_key_files, write_files
+from tests.running import listing, with_manifest, write_files
 
 IN_MEMORY = "--direct_running_mode=in_memory"
 
@@ -15,7 +15,7 @@ def test_it_encrypts_and_returns_the_jobs_result(tmp_path, local_key):
     words = ["--output", f"{tmp_path}/sealed", "--key", str(local_key), "--context", "dataset=x", "--compression=zstd"]
     result = encrypt.run([str(data), *words, IN_MEMORY])
     assert result.wait_until_finish() == PipelineState.DONE
-    assert listing(tmp_path / "sealed") == with_key_files("a", "sub/b")
+    assert listing(tmp_path / "sealed") == with_manifest("a", "sub/b")
     with open_shard(tmp_path / "sealed/a", key=local_key, context={"dataset": "x"}) as shard:
         assert shard.read() == b"1"
 

@@ -7,7 +7,7 @@ from apache_beam.runners.runner import PipelineState
 from beam_envelope import open_parquet
 from pipelines import decrypt, encrypt
 from tests.formats.parquets import PEOPLE
-from tests.running import listing, with_key_files
+from tests.running import listing, with_manifest
 from tests.tables import CONTEXT, encrypt_tables, random_table, read_tables, same, write_tables
 
 IN_MEMORY = "--direct_running_mode=in_memory"
@@ -18,7 +18,7 @@ def test_they_encrypt_and_decrypt_a_dataset(tmp_path, local_key):
     words = ["--key", str(local_key), "--context", "dataset=people", IN_MEMORY]
     result = encrypt.run([str(data), "--output", f"{tmp_path}/sealed", "--format=parquet", *words])
     assert result.wait_until_finish() == PipelineState.DONE
-    assert listing(tmp_path / "sealed") == with_key_files("dt=1/a.parquet", "dt=2/b.parquet")
+    assert listing(tmp_path / "sealed") == with_manifest("dt=1/a.parquet", "dt=2/b.parquet")
     result = decrypt.run([f"{tmp_path}/sealed/", "--output", f"{tmp_path}/opened", *words])
     assert result.wait_until_finish() == PipelineState.DONE
     assert same(read_tables(data), read_tables(tmp_path / "opened"))

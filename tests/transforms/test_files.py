@@ -26,9 +26,10 @@ from beam_envelope import (
 )
 from beam_envelope.formats.keyfile import KeyFile, key_file_name
 from beam_envelope.formats.shard_layout import shard_size
+from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import generate_local_key
 from tests import running
-from tests.running import decrypt, encrypt, fails, listing, read_files, run, with_key_files, write_files
+from tests.running import decrypt, encrypt, fails, listing, read_files, run, with_manifest, write_files
 
 CONTEXT = {"dataset": "flights", "tenant": "a"}
 
@@ -58,7 +59,7 @@ def test_a_tree_of_files_of_all_sizes_and_names_comes_back_byte_for_byte(tmp_pat
     data = write_files(tmp_path / "data", TREE)
     settings = {"context": CONTEXT, "compression": compression}
     encrypted, _ = encrypt(data, tmp_path / "sealed", local_key, **settings)
-    assert listing(tmp_path / "sealed") == sorted(with_key_files(*TREE), key=Path)
+    assert listing(tmp_path / "sealed") == sorted(with_manifest(*TREE), key=Path)
     decrypted, _ = decrypt(tmp_path / "sealed", tmp_path / "opened", local_key, context=CONTEXT)
     assert read_files(tmp_path / "opened") == TREE
     assert len(encrypted) == len(decrypted) == len(TREE)
@@ -90,9 +91,10 @@ def test_compression_makes_the_shard_smaller(tmp_path, local_key):
 def test_same_names_in_two_folders_keep_their_own_key_files(tmp_path, local_key):
     data = write_files(tmp_path / "data", {"a/x.csv": b"one", "b/x.csv": b"two"})
     encrypt(data, tmp_path / "sealed", local_key)
-    assert listing(tmp_path / "sealed") == with_key_files("a/x.csv", "b/x.csv")
+    assert listing(tmp_path / "sealed") == with_manifest("a/x.csv", "b/x.csv")
     shutil.rmtree(tmp_path / "sealed/a")
-    decrypt(tmp_path / "sealed", tmp_path / "opened", local_key)
+    assert fails(DecryptFiles(f"{tmp_path}/opened", key=local_key), f"{tmp_path}/sealed")[0] == "ManifestError"
+    decrypt(tmp_path / "sealed", tmp_path / "opened", local_key, manifest="ignore")
     assert read_files(tmp_path / "opened") == {"b/x.csv": b"two"}
 
 
@@ -111,7 +113,7 @@ def test_patterns_paths_and_folders_may_be_mixed(tmp_path, local_key):
     data = write_files(tmp_path / "data", {"one/a": b"1", "two/b": b"2", "three/c": b"3", "three/no": b"4"})
     transform = EncryptFiles(f"{tmp_path}/sealed", key=local_key)
     run(transform, f"{data}/one/a", f"{data}/two", f"{data}/three/c*")
-    assert listing(tmp_path / "sealed") == with_key_files("a", "b", "c")
+    assert listing(tmp_path / "sealed") == with_manifest("a", "b", "c")
 
 
 def test_matches_of_beams_own_transform_keep_their_paths_below_a_folder(tmp_path, local_key):
@@ -128,7 +130,7 @@ def test_matches_of_beams_own_transform_keep_their_paths_below_a_folder(tmp_path
 def test_matches_without_a_folder_keep_their_names(tmp_path, local_key):
     data = write_files(tmp_path / "data", {"d[1]/x[1].csv": b"one"})
     run(EncryptFiles(f"{tmp_path}/sealed", key=local_key), FileMetadata(f"{data}/d[1]/x[1].csv", 3))
-    assert listing(tmp_path / "sealed") == with_key_files("x[1].csv")
+    assert listing(tmp_path / "sealed") == with_manifest("x[1].csv")
 
 
 def test_a_file_named_twice_is_encrypted_once(tmp_path, local_key):
@@ -150,7 +152,7 @@ def test_two_sources_of_one_shard_are_an_error_that_names_both(tmp_path, local_k
     assert listing(tmp_path / "sealed") == []
     transform = EncryptFiles(f"{tmp_path}/sealed", key=local_key, relative_to=str(data))
     run(transform, f"{data}/a/x.csv", f"{data}/b/x.csv")
-    assert listing(tmp_path / "sealed") == with_key_files("a/x.csv", "b/x.csv")
+    assert listing(tmp_path / "sealed") == with_manifest("a/x.csv", "b/x.csv")
 
 
 def test_a_link_to_a_file_is_encrypted_as_the_file_that_it_points_to(tmp_path, local_key):
@@ -357,14 +359,15 @@ def key(sealed_once):
     ],
 )
 def test_another_context_than_the_written_one_is_refused(sealed, key, tmp_path, context, difference):
-    error = fails(DecryptFiles(f"{tmp_path}/opened", key=key, context=context), f"{sealed}/a.csv")
-    assert error == (
-        "ContextMismatchError",
-        (
-            f"{sealed}/a.csv was written with another encryption context: {difference}. Give the context that it was "
-            "written with (key files show it), or ANY_CONTEXT (--any-context) to accept any"
-        ),
-    )
+    for manifest, what in (("ignore", f"{sealed}/a.csv"), ("use", f"section 1 of {sealed}/_MANIFEST.json")):
+        transform = DecryptFiles(f"{tmp_path}/opened", key=key, context=context, manifest=manifest)
+        assert fails(transform, f"{sealed}/a.csv") == (
+            "ContextMismatchError",
+            (
+                f"{what} was written with another encryption context: {difference}. Give the context that it was "
+                "written with (key files show it), or ANY_CONTEXT (--any-context) to accept any"
+            ),
+        )
     assert listing(tmp_path / "opened") == []
 
 
@@ -374,13 +377,15 @@ def test_any_context_is_accepted_where_the_caller_says_so(sealed, key, tmp_path)
 
 
 def test_a_foreign_key_opens_nothing(sealed, local_key, tmp_path):
-    name, message = fails(DecryptFiles(f"{tmp_path}/opened", key=local_key, context=CONTEXT), f"{sealed}/a.csv")
-    assert name == "WrongKeyError"
-    assert re.fullmatch(
-        rf"{sealed}/a\.csv is encrypted under default/[0-9a-f]{{32}}; the keys allowed here are "
-        rf"{re.escape(str(local_key))}\. Give one that it is under",
-        message,
-    )
+    for manifest, what in (("ignore", f"{sealed}/a.csv"), ("use", f"section 1 of {sealed}/_MANIFEST.json")):
+        transform = DecryptFiles(f"{tmp_path}/opened", key=local_key, context=CONTEXT, manifest=manifest)
+        name, message = fails(transform, f"{sealed}/a.csv")
+        assert name == "WrongKeyError"
+        assert re.fullmatch(
+            rf"{re.escape(what)} is encrypted under default/[0-9a-f]{{32}}; the keys allowed here are "
+            rf"{re.escape(str(local_key))}\. Give one that it is under",
+            message,
+        )
     assert listing(tmp_path / "opened") == []
 
 
@@ -472,8 +477,10 @@ def test_a_damaged_shard_is_a_named_error_and_gives_no_file(sealed, key, tmp_pat
 
 def test_a_plain_file_among_shards_is_not_copied_through(sealed, key, tmp_path):
     write_files(sealed, {"note.txt": b"remember the milk\n"})
-    name, _ = fails(DecryptFiles(f"{tmp_path}/opened", key=key, context=CONTEXT), f"{sealed}/*")
-    assert name == "NotEncryptedError"
+    assert fails(DecryptFiles(f"{tmp_path}/opened", key=key, context=CONTEXT), f"{sealed}/*")[0] == "ManifestError"
+    assert listing(tmp_path / "opened") == []
+    transform = DecryptFiles(f"{tmp_path}/opened", key=key, context=CONTEXT, manifest="ignore")
+    assert fails(transform, f"{sealed}/*")[0] == "NotEncryptedError"
     assert not set(listing(tmp_path / "opened")) - {"a.csv", "b.csv"}
 
 
@@ -520,7 +527,11 @@ def test_skip_leaves_what_is_whole_and_says_so(tmp_path, local_key):
     assert again[0] == first[0]._replace(skipped=True)
     assert [result.skipped for result in again] == [True, False]
     assert (counters["files_skipped"], counters["bytes_skipped"], counters["files"]) == (1, 5, 1)
+    assert before.pop("_MANIFEST.json") != (tmp_path / "sealed/_MANIFEST.json").read_bytes()  # it lists b now
     assert before.items() <= read_files(tmp_path / "sealed").items()
+    before = read_files(tmp_path / "sealed")
+    encrypt(data, tmp_path / "sealed", local_key, context=CONTEXT, if_exists="skip")
+    assert read_files(tmp_path / "sealed") == before
 
 
 def opens(sealed, name, key, context=None):
@@ -595,18 +606,19 @@ def test_results_tell_what_became_of_what(tmp_path, local_key):
     key_id = key_file.data_keys[0].key_id.hex()
     shard = f"{tmp_path}/sealed/sub/a"
     assert sealed == EncryptedFile(
-        f"{data}/sub/a", shard, f"{tmp_path}/sealed/sub/_KEY_FOR_a.json", 5, shard_size(5), key_id, skipped=False
-    )
+        f"{data}/sub/a", shard, f"{tmp_path}/sealed/sub/_KEY_FOR_a.json", 5, shard_size(5), key_id, skipped=False,
+        shard_id=key_file.shard_id.hex,
+    )  # fmt: skip
     assert key_file.name == "a"
     assert counters == {
         "files": 1,
         "bytes_plaintext": 5,
         "bytes_ciphertext": shard_size(5),
-        "kms_GenerateDataKey": 1,
+        "kms_GenerateDataKey": 2,  # one of them for the manifest
     }
     (opened,), counters = decrypt(tmp_path / "sealed", tmp_path / "opened", local_key)
     assert opened == DecryptedFile(shard, f"{tmp_path}/opened/sub/a", 5, shard_size(5), key_id, skipped=False)
-    assert counters == {"files": 1, "bytes_plaintext": 5, "bytes_ciphertext": shard_size(5), "kms_Decrypt": 1}
+    assert counters == {"files": 1, "bytes_plaintext": 5, "bytes_ciphertext": shard_size(5), "kms_Decrypt": 2}
 
 
 def test_results_are_rows_for_the_steps_that_follow(tmp_path, local_key):
@@ -679,15 +691,20 @@ def run_with_handler(transform, *sources):
 def test_bad_shards_go_to_the_error_handler_and_the_good_ones_land(sealed, key, tmp_path):
     write_files(sealed, {"note.txt": b"remember the milk\n", "orphan": os.urandom(500)})
     flip(60)(sealed)
-    done, failed = run_with_handler(DecryptFiles(f"{tmp_path}/opened", key=key, context=CONTEXT), f"{sealed}/*")
-    assert [Path(result.output).name for result in done] == ["b.csv"]
-    assert read_files(tmp_path / "opened") == {"b.csv": b"beta\n"}
-    assert [(Path(row.source).name, row.error) for row in failed] == [
-        ("a.csv", "TamperedError"),
-        ("note.txt", "NotEncryptedError"),
-        ("orphan", "KeyFileMissingError"),
-    ]
-    assert all(type(row) is FailedFile and row.source in row.message for row in failed)
+    for manifest, note, orphan in (
+        ("ignore", "NotEncryptedError", "KeyFileMissingError"),
+        ("use", "ManifestError", "ManifestError"),  # neither is listed
+    ):
+        opening = DecryptFiles(f"{tmp_path}/{manifest}", key=key, context=CONTEXT, manifest=manifest)
+        done, failed = run_with_handler(opening, f"{sealed}/*")
+        assert [Path(result.output).name for result in done] == ["b.csv"]
+        assert read_files(tmp_path / manifest) == {"b.csv": b"beta\n"}
+        assert [(Path(row.source).name, row.error) for row in failed] == [
+            ("a.csv", "TamperedError"),
+            ("note.txt", note),
+            ("orphan", orphan),
+        ]
+        assert all(type(row) is FailedFile and row.source in row.message for row in failed)
 
 
 def test_sources_that_fail_go_to_the_error_handler_without_their_data(tmp_path, local_key):
@@ -695,7 +712,7 @@ def test_sources_that_fail_go_to_the_error_handler_without_their_data(tmp_path, 
     sources = [f"{data}/a", f"{data}/b", f"{tmp_path}/none*", FileMetadata(f"{data}/gone", 7)]
     done, failed = run_with_handler(EncryptFiles(f"{tmp_path}/sealed", key=local_key), *sources)
     assert [Path(result.source).name for result in done] == ["a"]
-    assert listing(tmp_path / "sealed") == with_key_files("a")
+    assert listing(tmp_path / "sealed") == with_manifest("a")
     assert [(Path(row.source).name, row.error) for row in failed] == [
         ("b", "AlreadyEncryptedError"),
         ("gone", "FileNotFoundError"),
@@ -731,15 +748,20 @@ def test_errors_of_the_kms_fail_the_job_and_are_no_dead_letters(tmp_path, fake_k
 # --------------------------------------------------------------------------------------------------- KMS calls
 
 
-def test_a_hundred_files_in_a_bundle_take_one_call_and_reading_them_one_more(tmp_path, fake_kms):
+def test_a_hundred_files_in_a_bundle_take_two_calls_and_reading_them_two_more(tmp_path, fake_kms):
     key = f"aws-kms://{fake_kms.create_key('etl')}"
     data = write_files(tmp_path / "data", {f"{number:03}": b"%d" % number for number in range(100)})
     results, counters = encrypt(data, tmp_path / "sealed", key, context=CONTEXT)
     assert len({result.key_id for result in results}) == 1
-    assert (counters["files"], counters["kms_GenerateDataKey"]) == (100, 1)
-    assert fake_kms.calls == {"GenerateDataKey": 1}
+    assert (counters["files"], counters["kms_GenerateDataKey"]) == (100, 2)  # for the files, and for the manifest
+    assert fake_kms.calls == {"GenerateDataKey": 2}
     _, counters = decrypt(tmp_path / "sealed", tmp_path / "opened", key, context=CONTEXT)
-    assert (counters["files"], counters["kms_Decrypt"]) == (100, 1)
+    assert (counters["files"], counters["kms_Decrypt"]) == (100, 2)
+    assert fake_kms.calls == {"GenerateDataKey": 2, "Decrypt": 2}
+    fake_kms.calls.clear()
+    clear_caches()
+    encrypt(data, tmp_path / "unlisted", key, context=CONTEXT, manifest=False)
+    decrypt(tmp_path / "unlisted", tmp_path / "opened too", key, context=CONTEXT)
     assert fake_kms.calls == {"GenerateDataKey": 1, "Decrypt": 1}
 
 
@@ -748,7 +770,7 @@ def test_each_bundle_has_its_own_data_key(tmp_path, fake_kms):
     data = write_files(tmp_path / "data", {"a": b"1"})
     for number in range(2):
         encrypt(data, tmp_path / f"sealed-{number}", key)
-    assert fake_kms.calls == {"GenerateDataKey": 2}
+    assert fake_kms.calls == {"GenerateDataKey": 4}  # one of each job's two for its manifest
 
 
 def test_the_bundles_of_a_worker_share_a_data_key_if_the_policy_says_so(tmp_path, fake_kms):
@@ -756,9 +778,9 @@ def test_the_bundles_of_a_worker_share_a_data_key_if_the_policy_says_so(tmp_path
     data = write_files(tmp_path / "data", {"a": b"1"})
     policy = DataKeyPolicy(reuse="worker")
     ids = {encrypt(data, tmp_path / f"sealed-{n}", key, policy=policy).results[0].key_id for n in range(3)}
-    assert (len(ids), fake_kms.calls) == (1, {"GenerateDataKey": 1})
+    assert (len(ids), fake_kms.calls) == (1, {"GenerateDataKey": 1 + 3})  # each of the three manifests has its own
     encrypt(data, tmp_path / "other", key, policy=policy, context=CONTEXT)  # another context: another data key
-    assert fake_kms.calls == {"GenerateDataKey": 2}
+    assert fake_kms.calls == {"GenerateDataKey": 2 + 4}
 
 
 @pytest.mark.parametrize("policy", [DataKeyPolicy(max_records=10), DataKeyPolicy(max_bytes=100)])
@@ -766,7 +788,7 @@ def test_a_data_key_is_replaced_when_its_limit_is_met(tmp_path, local_key, polic
     data = write_files(tmp_path / "data", {f"{number:02}": b"ten bytes." for number in range(25)})
     results, counters = encrypt(data, tmp_path / "sealed", local_key, policy=policy)
     ids = [result.key_id for result in results]
-    assert counters["kms_GenerateDataKey"] == len(set(ids)) == 3
+    assert counters["kms_GenerateDataKey"] == len(set(ids)) + 1 == 4  # and one for the manifest
     assert max(map(ids.count, ids)) == 10
     decrypt(tmp_path / "sealed", tmp_path / "opened", local_key)
     assert set(read_files(tmp_path / "opened").values()) == {b"ten bytes."}
@@ -776,7 +798,7 @@ def test_any_one_of_several_keys_opens_the_shards(tmp_path, fake_kms, local_key)
     keys = [f"aws-kms://{fake_kms.create_key(name)}" for name in ("here", "there")] + [local_key]
     data = write_files(tmp_path / "data", {"a": b"1", "b": b"2"})
     encrypt(data, tmp_path / "sealed", keys, context=CONTEXT)
-    assert fake_kms.calls == {"GenerateDataKey": 1, "Encrypt": 1}
+    assert fake_kms.calls == {"GenerateDataKey": 2, "Encrypt": 2}  # of the files, and of the manifest
     fake_kms.disable_key("alias/here")
     for number, key in enumerate([keys[1], keys[2], [keys[0], keys[1]]]):
         decrypt(tmp_path / "sealed", tmp_path / f"opened-{number}", key, context=CONTEXT)

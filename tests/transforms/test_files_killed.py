@@ -13,7 +13,7 @@ import pytest
 from beam_envelope import LocalKms, open_shard
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.keys.local import generate_local_key
-from tests.running import decrypt, encrypt, listing, read_files, with_key_files, write_files
+from tests.running import decrypt, encrypt, listing, read_files, with_manifest, write_files
 
 CONTEXT = {"dataset": "flights"}
 OPTIONS = ("--context", "dataset=flights")
@@ -90,7 +90,7 @@ def test_the_command_killed_in_the_middle_is_finished_by_skip(tmp_path, local_ke
     assert (counters["files"], counters["files_skipped"]) == (40 - len(done), len(done))
     decrypt(sealed, tmp_path / "opened", local_key, context=CONTEXT)
     assert read_files(tmp_path / "opened") == contents
-    assert set(with_key_files(*contents)) <= set(listing(sealed))
+    assert set(with_manifest(*contents)) <= set(listing(sealed))
 
 
 # ------------------------------------------------------------------------------- as a user with fewer rights
@@ -126,7 +126,7 @@ def test_an_unreadable_file_is_an_error_that_names_it_and_the_other_files_are_wh
     assert status == 1
     assert f"beam-envelope encrypt: Permission denied: '{data}/secret'\n" in log
     assert "Traceback" not in log
-    assert listing(open_folder / "sealed") in ([], with_key_files("a"))
+    assert listing(open_folder / "sealed") in ([], with_manifest("a"))
 
 
 @as_root
@@ -138,7 +138,7 @@ def test_an_unreadable_folder_is_an_error_that_names_it(open_folder, nobodys_key
     assert (status, listing(open_folder / "sealed")) == (1, [])
     assert log.endswith(f"beam-envelope encrypt: {data}/sub: Permission denied\n")
     status, _ = forker.run("encrypt", f"{data}/*", *words, uid=NOBODY)  # does not look into it
-    assert (status, listing(open_folder / "sealed")) == (0, with_key_files("a"))
+    assert (status, listing(open_folder / "sealed")) == (0, with_manifest("a"))
 
 
 @as_root

@@ -17,7 +17,7 @@ from apache_beam.runners.worker import worker_pool_main
 
 from beam_envelope import DecryptFiles, EncryptFiles, jobs
 from beam_envelope.testing import FakeKms, find_plaintext
-from tests.running import listing, read_files, with_key_files, write_files
+from tests.running import listing, read_files, with_manifest, write_files
 
 CANARY = b"CANARY-7f3a-4111111111111111"
 CONTENTS = {f"{number}/x.csv": CANARY + os.urandom(50_000) for number in range(8)}
@@ -133,7 +133,7 @@ def pipeline_bytes(pipeline):
 
 
 def test_two_worker_processes_share_the_files_and_all_come_back(shared):
-    assert listing(shared.folder / "sealed") == with_key_files(*CONTENTS)
+    assert listing(shared.folder / "sealed") == with_manifest(*CONTENTS)
     assert read_files(shared.folder / "opened") == CONTENTS
 
 
@@ -193,5 +193,5 @@ def test_a_job_service_runs_them_on_workers_of_a_pool(tmp_path, local_key, worke
     finally:
         service.stop()
     assert read_files(tmp_path / "opened") == {"a": b"1", "sub/b": b"2"}
-    assert listing(tmp_path / "sealed") == with_key_files("a", "sub/b")
+    assert listing(tmp_path / "sealed") == with_manifest("a", "sub/b")
     assert counted["files"] == 4

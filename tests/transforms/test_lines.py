@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from beam_envelope import open_shard
 from beam_envelope.transforms import lines
 from beam_envelope.transforms.lines import blocks, line_bounds, parse_size, parts, read_header
-from tests.running import decrypt, encrypt, fails, listing, read_files, with_key_files, write_files
+from tests.running import decrypt, encrypt, fails, listing, read_files, with_manifest, write_files
 
 texts = st.one_of(
     st.binary(max_size=200),
@@ -139,7 +139,7 @@ def test_a_split_file_becomes_shards_that_end_at_line_ends(tmp_path, local_key):
     results, counters = encrypt(data, tmp_path / "sealed", local_key, split_lines="1000B")
     count = -(-len(ROWS) // 1000)
     names = [f"rows-{number:05}-of-{count:05}.v1.csv" for number in range(count)]
-    assert listing(tmp_path / "sealed") == with_key_files(*names)
+    assert listing(tmp_path / "sealed") == with_manifest(*names)
     shards = opened(tmp_path / "sealed", local_key)
     assert b"".join(shards[name] for name in names) == ROWS
     assert all(shard.endswith(b"\n") for shard in shards.values() if shard)

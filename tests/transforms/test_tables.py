@@ -30,7 +30,7 @@ from beam_envelope.io.store import LocalStore
 from beam_envelope.testing import find_plaintext
 from beam_envelope.transforms import table_encrypt
 from tests.formats.parquets import PEOPLE
-from tests.running import fails, listing, with_key_files, write_files
+from tests.running import fails, listing, with_manifest, write_files
 from tests.tables import (
     CONTEXT,
     decrypt_tables,
@@ -71,7 +71,7 @@ def pii(tmp_path):
 
 def test_a_dataset_comes_back_with_its_folders_types_and_metadata(tmp_path, data, local_key):
     encrypted, counters = encrypt_tables(data, tmp_path / "sealed", local_key)
-    assert listing(tmp_path / "sealed") == with_key_files(*TREE)
+    assert listing(tmp_path / "sealed") == with_manifest(*TREE)
     decrypted, _ = decrypt_tables(tmp_path / "sealed", tmp_path / "opened", local_key)
     assert same(read_tables(data), read_tables(tmp_path / "opened"))
     assert read_tables(tmp_path / "opened")["dt=2026-01-02/b.parquet"].to_pandas().index.name == "i"
@@ -367,7 +367,7 @@ def test_what_concerns_one_file_goes_to_the_error_handler(tmp_path, local_key):
         ("b.csv", "FormatError"), ("c.parquet", "FormatError"),
     ]  # fmt: skip
     assert CANARY not in str(failed)
-    assert listing(tmp_path / "sealed") == with_key_files("a.parquet")
+    assert listing(tmp_path / "sealed") == with_manifest("a.parquet")
 
 
 def _note(element, path):
@@ -517,7 +517,7 @@ def test_tables_on_s3(moto_server, tmp_path, local_key):
     client.put_object(Bucket="lake", Key="raw/_SUCCESS", Body=b"")
     encrypt_tables("s3://lake/raw/**", "s3://lake/sealed/", local_key)
     names = {item["Key"] for item in client.list_objects_v2(Bucket="lake", Prefix="sealed/")["Contents"]}
-    assert names == {f"sealed/{name}" for name in with_key_files("dt=1/a.parquet", "dt=1/b.parquet", "dt=1/c.parquet")}
+    assert names == {f"sealed/{name}" for name in with_manifest("dt=1/a.parquet", "dt=1/b.parquet", "dt=1/c.parquet")}
     decrypt_tables("s3://lake/sealed/**", tmp_path / "opened", local_key)
     assert read_table(tmp_path / "opened/dt=1/a.parquet").equals(PEOPLE)
     assert read_table(tmp_path / "opened/dt=1/b.parquet").to_pylist() == [{"a": "1", "b": "2"}]
