@@ -76,6 +76,7 @@ class ManifestReader:
         Args:
             pattern: the glob that finds the shards.
             paths: the shards that it found; manifests may be among them, and speak also for shards that are all gone.
+                Where no manifest is required, shards that are below none pass.
             failures: takes what is wrong with single shards, by their paths, instead of raising it.
 
         Returns:
@@ -135,7 +136,12 @@ class ManifestReader:
             return Survey((), {}, (), ())
         shard_ids = {path: listed[place] for path, place in places.items() if place in listed}
         missing = sorted(listed.keys() - set(places.values()))
-        extra = [path for path, place in places.items() if place not in listed]
+        speaking = tuple(split_path(manifest.path)[0] for manifest in manifests)
+        extra = [
+            path
+            for path, place in places.items()
+            if place not in listed and (self.mode == "require" or place.startswith(speaking))
+        ]
         as_given = [
             tuple(folder + place[len(below) :] if place.startswith(below) else place for place in group)
             for group in ([manifest.path for manifest in manifests], missing)

@@ -15,6 +15,7 @@ from beam_envelope import AwsKms, LocalKms, RotatedFile, RotateKeys, WrongKeyErr
 from beam_envelope.formats.dataset_key import DeterministicEncryptor
 from beam_envelope.formats.keyfile import RAW_CELL_CIPHER, KeyFile, WrappedDataKey, key_file_name
 from beam_envelope.formats.keystore import LocalKeyStore
+from beam_envelope.formats.manifest import Manifest
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
 from beam_envelope.keys.cache import DataKeyPolicy, clear_caches
 from beam_envelope.keys.local import generate_local_key
@@ -72,25 +73,24 @@ def make_key_files(folder, keys, number, context=CONTEXT):
 
 def test_all_shards_open_under_the_new_key_and_none_under_the_old(sealed, keys):
     before = read_files(sealed)
+    sealing = [name for name in before if "_KEY_FOR_" in name or name == "_MANIFEST.json"]
     results, counters = run(RotateKeys(keys[0], to=keys[1]), str(sealed))
     names = [f"local-kms:{key.full_name()}" for key in keys]
-    assert results == [
-        RotatedFile(f"{sealed}/{key_file}", [names[0]], [names[1]], True)
-        for key_file in sorted(name for name in before if "_KEY_FOR_" in name)
-    ]
-    assert counters == {"key_files": 3, "key_files_changed": 3, "kms_Decrypt": 1, "kms_Encrypt": 1}
+    assert results == [RotatedFile(f"{sealed}/{name}", [names[0]], [names[1]], True) for name in sorted(sealing)]
+    # The shards share one data key, and the manifest has one of its own.
+    assert counters == {"key_files": 4, "key_files_changed": 4, "kms_Decrypt": 2, "kms_Encrypt": 2}
     assert [opens(sealed, key) for key in keys] == [False, True, False]
     after = read_files(sealed)
     assert after.keys() == before.keys()
-    assert {n for n in before if before[n] != after[n]} == {n for n in before if "_KEY_FOR_" in n}
+    assert {n for n in before if before[n] != after[n]} == set(sealing)
 
 
 def test_a_second_run_changes_nothing(sealed, keys):
     run(RotateKeys(keys[0], to=keys[1]), str(sealed))
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in sealed.rglob("*") if path.is_file()}
     results, counters = run(RotateKeys(keys[0], to=keys[1]), str(sealed))
-    assert counters == {"key_files": 3}
-    assert [result.changed for result in results] == [False] * 3
+    assert counters == {"key_files": 4}
+    assert [result.changed for result in results] == [False] * 4
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in before} == before
 
 
@@ -116,7 +116,7 @@ def test_no_shard_is_read_or_needed(tmp_path, keys):
 def test_a_dry_run_tells_and_changes_nothing(sealed, keys):
     before = read_files(sealed)
     dry, counters = run(RotateKeys(keys[0], to=keys[1], dry_run=True), str(sealed))
-    assert counters == {"key_files": 3, "key_files_changed": 3}
+    assert counters == {"key_files": 4, "key_files_changed": 4}
     assert read_files(sealed) == before
     assert run(RotateKeys(keys[0], to=keys[1]), str(sealed)).results == dry
 
@@ -125,7 +125,8 @@ def test_a_file_that_two_patterns_find_is_rotated_once(sealed, keys):
     patterns = (str(sealed), f"{sealed}/*", f"{sealed}/a.csv", f"{sealed}/../sealed/_KEY_FOR_a.csv.json")
     results, counters = run(RotateKeys(keys[0], to=keys[1]), *patterns)
     assert [Path(result.key_file).name for result in results].count("_KEY_FOR_b.csv.json") == 1
-    assert counters["kms_Encrypt"] == 1
+    assert [Path(result.key_file).name for result in results].count("_MANIFEST.json") == 1
+    assert counters["kms_Encrypt"] == 2  # the data key of the shards, and the manifest's
     assert "key_files_failed" not in counters
     assert opens(sealed, keys[1])
 
@@ -307,7 +308,7 @@ def test_a_file_that_another_job_replaced_meanwhile_is_rotated_from_what_that_on
 
     monkeypatch.setattr(rotate, "replace_key_file", late)
     _, counters = run(RotateKeys(keys[0], to=keys[1]), str(sealed))
-    assert (left, counters["key_files_changed"]) == ([0], 3)
+    assert (left, counters["key_files_changed"]) == ([0], 4)
     assert opens(sealed, keys[1])
     assert opens(sealed, keys[2], {"a.csv": CONTENTS["a.csv"]}) is (times == 1)
 
@@ -318,15 +319,16 @@ def test_a_file_that_another_job_rotated_meanwhile_is_done(sealed, keys, monkeyp
 
     def late(name, old, new):
         path = Path(name)
+        kind = Manifest if path.name == "_MANIFEST.json" else KeyFile
         path.write_bytes(
-            rotate.Rotator(rotate.Rotation((keys[0],), keys[1])).rotate(KeyFile.from_bytes(old, "k"), "k").to_bytes()
+            rotate.Rotator(rotate.Rotation((keys[0],), keys[1])).rotate(kind.from_bytes(old, "k"), "k").to_bytes()
         )
         replace(name, old, new)
 
     monkeypatch.setattr(rotate, "replace_key_file", late)
     results, counters = run(RotateKeys(keys[0], to=keys[1]), str(sealed))
-    assert [result.changed for result in results] == [False] * 3
-    assert counters["key_files"] == 3
+    assert [result.changed for result in results] == [False] * 4
+    assert counters["key_files"] == 4
     assert opens(sealed, keys[1])
 
 
@@ -339,7 +341,7 @@ def test_a_file_that_others_replace_all_the_time_is_a_failure_of_its_own(sealed,
     replace = rotate.replace_key_file
     monkeypatch.setattr(rotate, "replace_key_file", lambda n, *a: (never if n == str(path) else replace)(n, *a))
     job, failed = run_with_handler(RotateKeys(keys[0], to=keys[1]), str(sealed))
-    assert ([row.error for row in failed], len(job.results)) == (["KeyFileReplacedError"], 2)
+    assert ([row.error for row in failed], len(job.results)) == (["KeyFileReplacedError"], 3)
 
 
 def test_a_file_that_went_away_meanwhile_is_a_failure_of_its_own(sealed, keys, monkeypatch):
@@ -353,7 +355,7 @@ def test_a_file_that_went_away_meanwhile_is_a_failure_of_its_own(sealed, keys, m
 
     monkeypatch.setattr(rotate, "read_key_file", then_remove)
     job, failed = run_with_handler(RotateKeys(keys[0], to=keys[1]), str(sealed))
-    assert ([row.error for row in failed], len(job.results)) == (["KeyFileMissingError"], 2)
+    assert ([row.error for row in failed], len(job.results)) == (["KeyFileMissingError"], 3)
     assert not (sealed / key_file_name("a.csv")).exists()
 
 

@@ -78,7 +78,7 @@ def test_a_dataset_comes_back_with_its_folders_types_and_metadata(tmp_path, data
     assert [result.rows for result in encrypted] == [result.rows for result in decrypted] == [10, 7, 2]
     assert counters["rows"] == 19
     assert counters["files"] == 3
-    assert counters["kms_GenerateDataKey"] == 1
+    assert counters["kms_GenerateDataKey"] == 2  # for the files, and for the manifest
     assert counters["bytes_plaintext"] == sum(path.stat().st_size for path in data.rglob("*.parquet"))
     assert counters["bytes_ciphertext"] == sum(result.ciphertext_bytes for result in encrypted)
     assert all(result.ciphertext_bytes == Path(result.table).stat().st_size for result in encrypted)
@@ -144,7 +144,7 @@ def test_csv_types_are_those_that_are_asked_for(tmp_path, local_key):
 def test_a_reader_with_one_of_two_keys_reads_the_other_columns(tmp_path, data, local_key, pii):
     source, columns = data / "dt=2026-01-01", {"ssn": pii, "address.zip": [pii], "name": None}
     (result,), counters = encrypt_tables(source, tmp_path / "sealed", local_key, columns=columns)
-    assert counters["kms_GenerateDataKey"] == 2
+    assert counters["kms_GenerateDataKey"] == 3  # of the footer, of the columns, and of the manifest
     assert len(KeyFile.from_bytes(Path(result.key_file).read_bytes(), "").data_keys) == 2
     sealed, opened = tmp_path / "sealed", tmp_path / "opened"
     name, message = fails(DecryptTables(str(opened), key=local_key, context=CONTEXT), str(sealed))
@@ -171,23 +171,21 @@ def test_any_of_several_keys_opens_the_files(tmp_path, data, local_key, pii):
 def test_the_bundles_files_share_data_keys_but_not_their_own(tmp_path, data, fake_kms):
     fake_kms.create_key("etl")
     fake_kms.create_key("pii")
-    fake_kms.calls.clear()
     keys = {"key": "aws-kms://alias/etl", "columns": {"n": "aws-kms://alias/pii"}}
     results, counters = encrypt_tables(data / "dt=2026-01-02/b*", tmp_path / "sealed", **keys)
     write_tables(data, {"x/c.parquet": PANDAS, "x/d.parquet": PANDAS})
     results, counters = encrypt_tables(data / "x", tmp_path / "sealed", **keys)
-    assert fake_kms.calls["GenerateDataKey"] == 4
-    assert counters["kms_GenerateDataKey"] == 2
+    assert fake_kms.calls["GenerateDataKey"] == 6
+    assert counters["kms_GenerateDataKey"] == 3  # for footers, for columns, and for the manifest
     assert len({result.key_id for result in results}) == 1
     assert len({Path(result.table).read_bytes() for result in results}) == 2
-    fake_kms.calls.clear()
     decrypt_tables(tmp_path / "sealed", tmp_path / "opened", ["aws-kms://alias/etl", "aws-kms://alias/pii"])
-    assert fake_kms.calls["Decrypt"] == 4  # one for each data key of two bundles
+    assert fake_kms.calls["Decrypt"] == 6  # one for each data key of two bundles, and for each section
 
 
 def test_a_policy_limits_what_is_under_one_data_key(tmp_path, data, local_key):
     results, counters = encrypt_tables(data, tmp_path / "sealed", local_key, policy=DataKeyPolicy(max_records=1))
-    assert counters["kms_GenerateDataKey"] == 3
+    assert counters["kms_GenerateDataKey"] == 3 + 1  # the manifest's
     assert len({result.key_id for result in results}) == 3
 
 

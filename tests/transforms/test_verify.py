@@ -26,7 +26,8 @@ from beam_envelope.keys.local import generate_local_key
 from beam_envelope.testing import find_plaintext
 from beam_envelope.transforms import verify_plan
 from beam_envelope.transforms.verify import WriteVerificationLog
-from beam_envelope.transforms.verify_plan import Part, Verifier, find_files, merge
+from beam_envelope.transforms.verify_find import Found, find_files
+from beam_envelope.transforms.verify_plan import Part, merge
 from tests.running import encrypt, fails, read_files, run, write_files
 
 CONTEXT = {"dataset": "flights"}
@@ -76,6 +77,11 @@ def verify(key, *patterns, context=CONTEXT, **settings):
     assert job.counters.get("files_with_problems", 0) == sum(not row.ok for row in rows.values())
     assert all(row.ok == (row.problem == "") for row in rows.values())
     return rows
+
+
+def verifier_of(key, **settings):
+    """Return what checks the parts of files, without a runner and without a manifest."""
+    return VerifyShards(key=key, context=CONTEXT, manifest="ignore", **settings).verifier
 
 
 def problem_of(key, path, **settings):
@@ -153,9 +159,9 @@ def _key_id(folder):
 
 def test_rotation_at_the_same_time_is_no_problem(folder, key, monkeypatch):
     seal(folder / "a", key, 4 * CHUNK)
-    parts = Verifier((key,), CONTEXT, range_bytes=CHUNK).parts(f"{folder}/a", 4 * SEALED + HEADER + 16)
+    parts = verifier_of(key, range_bytes=CHUNK).parts(f"{folder}/a", Found(4 * SEALED + HEADER + 16))
     (folder / "_KEY_FOR_a.json").unlink()  # what the parts hold is enough
-    assert all(Verifier((key,), CONTEXT).check(part, len_of).ok for part in parts)
+    assert all(verifier_of(key).check(part, len_of).ok for part in parts)
 
 
 def len_of(n_bytes):
@@ -216,7 +222,8 @@ def test_a_shard_that_was_made_longer_is_found_also_quickly(folder, key, more):
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("names", [("a", "b"), ("_KEY_FOR_a.json", "_KEY_FOR_b.json"), ("a", "p"), ("a", "c")])
 def test_swapped_files_are_found(folder, key, names, quick):
-    encrypt(write_files(folder.parent / "data", {"a": b"1" * 99, "b": b"2" * 99}), folder, key, context=CONTEXT)
+    data = write_files(folder.parent / "data", {"a": b"1" * 99, "b": b"2" * 99})
+    encrypt(data, folder, key, context=CONTEXT, manifest=False)
     seal(folder / "c", key, 99)
     write_parquet(folder / "p", key)
     one, two = (folder / name for name in names)
@@ -294,11 +301,12 @@ def test_what_should_not_be_there_or_is_missing_is_told(folder, key):
         "alone": ("file", False),
         "plain.csv": ("file", False),
         "_TMP_1": ("unfinished", True),
-        "_MANIFEST.json": ("manifest", True),
+        "_MANIFEST.json": ("manifest", False),
     }
     assert rows["_KEY_FOR_gone.json"].problem.startswith(f"{folder}/gone is missing: there is only its key file.")
     assert rows["alone"].problem.startswith(f"there is no key file _KEY_FOR_alone.json beside {folder}/alone")
     assert rows["plain.csv"].problem.startswith(f"{folder}/plain.csv is plain data")
+    assert rows["_MANIFEST.json"].problem.startswith(f"{folder}/_MANIFEST.json is not a readable manifest")
     assert CANARY.decode() not in str(rows)
 
 
@@ -404,15 +412,16 @@ def test_a_kms_that_is_away_says_nothing_of_the_file(folder, key, monkeypatch, e
 def test_the_kms_is_asked_once_for_each_data_key(folder, fake_kms):
     key = AwsKms(fake_kms.create_key("etl"))
     contents = {f"{number}": b"x" * 10_000 for number in range(20)}
-    encrypt(write_files(folder.parent / "data", contents), folder, key, context=CONTEXT)
+    encrypt(write_files(folder.parent / "data", contents), folder / "sub", key, context=CONTEXT)
     seal(folder / "large", key, 20 * CHUNK)
     write_parquet(folder / "p", key)
     before = fake_kms.calls
     clear_caches()
     job = run(VerifyShards(key=key, context=CONTEXT, range_bytes=CHUNK), str(folder))
-    assert len(job.results) == 22
-    assert fake_kms.calls - before == Counter(Decrypt=3)
-    assert job.counters["kms_Decrypt"] == 3
+    assert len(job.results) == 22 + 1  # the manifest, which speaks for what is in its folder
+    assert all(result.ok for result in job.results)
+    assert fake_kms.calls - before == Counter(Decrypt=3 + 1)
+    assert job.counters["kms_Decrypt"] == 3 + 1
 
 
 # ------------------------------------------------------------------------------------------------- large shards
@@ -435,8 +444,8 @@ def test_the_parts_of_a_shard_cover_every_chunk_once(folder, key, size, chunks, 
 
     monkeypatch.setattr(RawShardReader, "_load", one)
     monkeypatch.setattr(RawShardReader, "_decrypt_whole", several)
-    verifier = Verifier((key,), CONTEXT, range_bytes=chunks * CHUNK)
-    parts = verifier.parts(str(path), path.stat().st_size)
+    verifier = verifier_of(key, range_bytes=chunks * CHUNK)
+    parts = verifier.parts(str(path), Found(path.stat().st_size))
     assert len(parts) == max(1, -(-size // (chunks * CHUNK)))
     results = [(part.number, part.total, verifier.check(part, len_of)) for part in parts]
     assert decrypted == dict.fromkeys(range(size // CHUNK + 1), 1)
@@ -463,8 +472,8 @@ def test_damage_in_several_parts_is_one_row(folder, key):
 
 def test_a_shard_that_becomes_shorter_or_longer_while_it_is_verified_is_not_well(folder, key):
     path = seal(folder / "a", key, 5 * CHUNK)
-    verifier = Verifier((key,), CONTEXT, range_bytes=4 * CHUNK)
-    first, last = verifier.parts(str(path), path.stat().st_size)
+    verifier = verifier_of(key, range_bytes=4 * CHUNK)
+    first, last = verifier.parts(str(path), Found(path.stat().st_size))
     whole = path.read_bytes()
     path.write_bytes(whole[: HEADER + 2 * SEALED + 16])
     assert not verifier.check(first, len_of).ok
@@ -480,9 +489,9 @@ def test_a_shard_that_becomes_shorter_or_longer_while_it_is_verified_is_not_well
 
 def test_the_last_part_goes_to_the_end_wherever_that_is_by_then(folder, key):
     path = seal(folder / "a", key, 64 * CHUNK)  # as much as is read at a time
-    (part,) = Verifier((key,), CONTEXT).parts(str(path), path.stat().st_size)
+    (part,) = verifier_of(key).parts(str(path), Found(path.stat().st_size))
     path.write_bytes(path.read_bytes() + bytes(SEALED))
-    assert not Verifier((key,), CONTEXT).check(part, len_of).ok
+    assert not verifier_of(key).check(part, len_of).ok
 
 
 def test_a_part_that_the_runner_lost_is_missed():
@@ -497,9 +506,9 @@ def test_memory_does_not_grow_with_the_shard(folder, key, monkeypatch):
 
     path = seal(folder / "a", key, 24 << 20)
     seal(folder / "z", key, 24 << 20, "zstd")
-    verifier = Verifier((key,), CONTEXT)
+    verifier = verifier_of(key)
     for name in ("a", "z"):
-        (part,) = verifier.parts(f"{folder}/{name}", (folder / name).stat().st_size)
+        (part,) = verifier.parts(f"{folder}/{name}", Found((folder / name).stat().st_size))
         tracemalloc.start()
         assert verifier.check(part, len_of).plaintext_bytes == 24 << 20
         peak = tracemalloc.get_traced_memory()[1]
@@ -514,11 +523,11 @@ def test_memory_does_not_grow_with_the_shard(folder, key, monkeypatch):
 def test_one_bit_in_any_page_is_found_and_quickly_in_the_footer_only(folder, key):
     path = write_parquet(folder / "p", key, n_groups=2, rows=50)
     good = path.read_bytes()
-    verifier = Verifier((key,), CONTEXT, range_bytes=1)
-    quick = Verifier((key,), CONTEXT, quick=True)
+    verifier = verifier_of(key, range_bytes=1)
+    quick = verifier_of(key, quick=True)
 
     def found(verifier):
-        parts = verifier.parts(str(path), len(good))
+        parts = verifier.parts(str(path), Found(len(good)))
         return not merge((part.number, part.total, verifier.check(part, len_of)) for part in parts).ok
 
     assert not found(verifier)
@@ -537,7 +546,7 @@ def test_parquet_is_verified_by_row_groups(folder, key):
     path = write_parquet(folder / "p", key, n_groups=7)
     size = path.stat().st_size
     for range_bytes, n_parts in ((1, 7), (size // 3, 4), (size, 1)):
-        parts = Verifier((key,), CONTEXT, range_bytes=range_bytes).parts(str(path), size)
+        parts = verifier_of(key, range_bytes=range_bytes).parts(str(path), Found(size))
         assert [group for part in parts for group in range(part.start, part.end)] == list(range(7))
         assert len(parts) == n_parts
         assert verify(key, folder, range_bytes=range_bytes)["p"].records == 3500
@@ -635,9 +644,9 @@ def test_a_quick_look_at_a_file_is_one_part_and_asks_no_kms_to_plan_it(folder, k
     generate_local_key(other)
     seal(folder / "a", key, 9 * CHUNK)
     write_parquet(folder / "p", key)
-    quick = Verifier((other,), CONTEXT, quick=True, range_bytes=1)
+    quick = verifier_of(other, quick=True, range_bytes=1)
     for name in ("a", "p"):
-        (part,) = quick.parts(f"{folder}/{name}", (folder / name).stat().st_size)
+        (part,) = quick.parts(f"{folder}/{name}", Found((folder / name).stat().st_size))
         assert part.problem == ""
 
 
@@ -719,6 +728,6 @@ def test_what_is_found_is_told_without_a_runner(folder, key):
     size = (folder / "a").stat().st_size
     assert find_files(f"{folder}/") == {f"{folder}/a": size}
     assert find_files(f"{folder}/_KEY_FOR_a.json") == {f"{folder}/a": None}
-    assert Verifier((key,), CONTEXT).parts(f"{folder}/a", None)[0].size == size
-    assert isinstance(Verifier((key,), CONTEXT).parts(f"{folder}/none", 3)[0], Part)
+    assert verifier_of(key).parts(f"{folder}/a", Found(None))[0].size == size
+    assert isinstance(verifier_of(key).parts(f"{folder}/none", Found(3))[0], Part)
     assert verify_plan.printable_name("å/b") == "å/b"
