@@ -83,6 +83,6 @@ def with_key_files(*names):
     return sorted([*names, *key_files])
 
 
-def with_manifest(*names):
-    """Return the listing of a folder that a job filled with these shards: key files, the manifest, nothing else."""
-    return sorted([*with_key_files(*names), MANIFEST_NAME])
+def with_manifest(*names, folder=""):
+    """Return the listing after a job wrote these shards to `folder`: key files, the manifest there, nothing else."""
+    return sorted([*with_key_files(*names), folder + MANIFEST_NAME])

@@ -147,6 +147,8 @@ class Verifier:
         name = split_path(path)[1]
         if name == MANIFEST_NAME or problem:
             kind = MANIFEST if name == MANIFEST_NAME else SHARD
+            if kind == SHARD and size is not None and not _has_key_file(path):
+                kind = FILE
             return [Part(path, kind, problem, "", size or 0, 0, 0, 0, 1, b"")]
         if name.startswith(TEMPORARY_PREFIX) and size is not None:
             return [Part(path, UNFINISHED, "", "", size, 0, 0, 0, 1, b"")]
@@ -244,6 +246,13 @@ class Verifier:
             raise TamperedError(f"{what} holds the key named {key_file.name!r}: it was put in the place of another")
         load_record_key(part.key_file, self.keys, self.context, (key_id, key_file.cipher), what)
         return _result(part)
+
+
+def _has_key_file(path: str) -> bool:
+    try:
+        return store_of(path).size(key_file_path(path)) is not None
+    except OSError:
+        return False
 
 
 def _read_key_file(path: str) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beam_envelope.testing import find_plaintext
-from tests.running import with_manifest, write_files
+from tests.running import with_key_files, with_manifest, write_files
 from tests.wire import s3_error
 
 KEY = ("--key", "aws-kms://alias/etl")
@@ -40,11 +40,11 @@ class TestJobs:
         raw.calls()
         said = command(*encrypt("--json"))
         assert (said.status, json.loads(said.output)["files"]) == (0, 5)
-        assert json.loads(said.output)["kms_calls"] == {"GenerateDataKey": 1}
+        assert json.loads(said.output)["kms_calls"] == {"GenerateDataKey": 2}  # one for the manifest
         calls = raw.calls()
-        assert calls["GenerateDataKey"] == 1 + 1  # that of the check, before anything starts, is thrown away
-        assert calls["PutObject"] == 2 * 5
-        assert sorted(raw.keys("sealed")) == with_manifest(*FILES)
+        assert calls["GenerateDataKey"] == 1 + 2  # that of the check, before anything starts, is thrown away
+        assert calls["PutObject"] == 2 * 5 + 1
+        assert sorted(raw.keys("sealed")) == with_manifest(*FILES, folder="2026/")
         assert find_plaintext(write_files(tmp_path, raw.read("sealed")), b"CANARY-") == []
 
         said = command("inspect", "s3://sealed/2026", "--json")
@@ -59,7 +59,7 @@ class TestJobs:
         said = command("decrypt", "s3://sealed/2026", "--output", "s3://opened/2026", *KEY, *CONTEXT)
         assert said.status == 0
         assert "Decrypted 5 files" in said.output
-        assert raw.calls()["Decrypt"] == 1
+        assert raw.calls()["Decrypt"] == 2  # for the shards, and for the manifest
         assert raw.read("opened") == FILES
 
     def test_cat_writes_the_plaintext(self, raw, command):
@@ -162,10 +162,11 @@ class TestRefusals:
     @pytest.mark.parametrize("context", [(), ("--context", "dataset=other"), (*CONTEXT, "--context", "more=1")])
     def test_the_wrong_context(self, sealed, kms, command, context):
         before = kms.calls
-        said = command("decrypt", "s3://sealed/2026/*", "--output", "s3://opened/", *KEY, *context)
-        assert said.status == 1
-        assert "s3://sealed/2026/0.csv" in said.errors
-        assert "context" in said.errors
+        for manifest, what in (("ignore", "0.csv"), ("use", "_MANIFEST.json")):
+            words = ("--output", "s3://opened/", *KEY, *context, f"--manifest={manifest}")
+            said = command("decrypt", "s3://sealed/2026/*", *words)
+            assert said.status == 1
+            assert f"s3://sealed/2026/{what} was written with another encryption context" in said.errors
         assert sealed.keys("opened") == []
         assert kms.calls == before
 
@@ -200,7 +201,7 @@ def test_a_killed_job_is_finished_by_another_that_skips_what_is_whole(raw, comma
         assert child.wait() == -signal.SIGKILL
     left = raw.keys("sealed")
     shards = [name for name in FILES if name in left]
-    assert left == with_manifest(*shards)
+    assert left == with_key_files(*shards)
     assert raw.uploads("sealed") == ["2026/large.bin"]
 
     # As if the job had been killed between a key file and its shard, too.
@@ -217,7 +218,7 @@ def test_a_killed_job_is_finished_by_another_that_skips_what_is_whole(raw, comma
     assert json.loads(said.output)["files_skipped"] == len(shards)
     assert json.loads(said.output)["files"] == len(FILES) + 1 - len(shards)
     after = raw.read("sealed")
-    assert sorted(after) == with_manifest(*FILES, "2026/large.bin")
+    assert sorted(after) == with_manifest(*FILES, "2026/large.bin", folder="2026/")
     assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
 
     assert command(*decrypt()).status == 0

@@ -45,16 +45,16 @@ def test_from_s3_to_s3_and_back(raw):
     arn = raw.create_key("alias/etl")
     job = encrypt("s3://raw/2026/**", "s3://sealed/out", "aws-kms://alias/etl", context=CONTEXT)
     names = [f"out/{name}" for name in below("2026/", FILES)]
-    assert sorted(raw.keys("sealed")) == with_manifest(*names)
+    assert sorted(raw.keys("sealed")) == with_manifest(*names, folder="out/")
     assert [result.shard for result in job.results] == sorted(f"s3://sealed/{name}" for name in names)
     key_file = KeyFile.from_bytes(raw.read("sealed")["out/_KEY_FOR_a.csv.json"], "a key file")
     assert [form.kms_key for form in key_file.data_keys[0].wrapped_keys] == [arn]
-    assert raw.calls()["GenerateDataKey"] == 1
+    assert raw.calls()["GenerateDataKey"] == 2  # for the shards, and for the manifest
     decrypt("s3://sealed/out/**", "s3://raw/opened", "aws-kms://alias/etl", context=CONTEXT)
     assert below("opened/", {k: v for k, v in raw.read("raw").items() if k.startswith("opened/")}) == below(
         "2026/", FILES
     )
-    assert raw.calls()["Decrypt"] == 1
+    assert raw.calls()["Decrypt"] == 2
 
 
 def test_from_a_disk_to_s3_and_back(aws, tmp_path):
@@ -101,7 +101,7 @@ def test_keys_of_two_regions_either_of_which_opens(raw):
     raw.calls()
     encrypt("s3://raw/2026/*", "s3://sealed/", [f"aws-kms://{there}", f"aws-kms://{here}"], context=CONTEXT)
     kms = [(request.operation, request.region) for request in raw.requests if request.path == "/"]
-    assert kms == [("GenerateDataKey", "eu-west-1"), ("Encrypt", "us-east-1")]
+    assert kms == [("GenerateDataKey", "eu-west-1"), ("Encrypt", "us-east-1")] * 2  # of the shards, of the manifest
     raw.calls()
     for key, region in (
         (f"aws-kms://{here}", "us-east-1"),
@@ -110,7 +110,7 @@ def test_keys_of_two_regions_either_of_which_opens(raw):
     ):
         decrypt("s3://sealed/*", "s3://raw/opened/", key, context=CONTEXT, if_exists="overwrite")
         assert raw.read("raw")["opened/a.csv"] == FILES["2026/a.csv"]
-        assert [(r.operation, r.region) for r in raw.requests if r.path == "/"] == [("Decrypt", region)]
+        assert [(r.operation, r.region) for r in raw.requests if r.path == "/"] == [("Decrypt", region)] * 2
         raw.calls()
 
 
@@ -119,10 +119,12 @@ def test_a_key_of_another_region_is_not_even_asked(raw):
     other = raw.create_key("alias/etl", region="eu-west-1")
     encrypt("s3://raw/2026/a.csv", "s3://sealed/", "aws-kms://alias/etl")
     raw.calls()
-    name, message = fails(DecryptFiles("s3://raw/opened/", key=f"aws-kms://{other}"), "s3://sealed/a.csv")
-    assert name == "WrongKeyError"
-    assert message.startswith("s3://sealed/a.csv is encrypted under arn:aws:kms:us-east-1:")
-    assert other in message
+    for manifest, what in (("ignore", "s3://sealed/a.csv"), ("use", "section 1 of s3://sealed/_MANIFEST.json")):
+        transform = DecryptFiles("s3://raw/opened/", key=f"aws-kms://{other}", manifest=manifest)
+        name, message = fails(transform, "s3://sealed/a.csv")
+        assert name == "WrongKeyError"
+        assert message.startswith(f"{what} is encrypted under arn:aws:kms:us-east-1:")
+        assert other in message
     assert raw.calls()["Decrypt"] == 0
     assert not [key for key in raw.keys("raw") if key.startswith("opened/")]
 
@@ -134,10 +136,11 @@ def test_another_context_opens_nothing_and_asks_nobody(raw, context):
     raw.create_key("alias/etl")
     encrypt("s3://raw/2026/a.csv", "s3://sealed/", "aws-kms://alias/etl", context=CONTEXT)
     raw.calls()
-    transform = DecryptFiles("s3://raw/opened/", key="aws-kms://alias/etl", context=context)
-    name, message = fails(transform, "s3://sealed/a.csv")
-    assert name == "ContextMismatchError"
-    assert "s3://sealed/a.csv" in message
+    for manifest, what in (("ignore", "s3://sealed/a.csv"), ("use", "section 1 of s3://sealed/_MANIFEST.json")):
+        transform = DecryptFiles("s3://raw/opened/", key="aws-kms://alias/etl", context=context, manifest=manifest)
+        name, message = fails(transform, "s3://sealed/a.csv")
+        assert name == "ContextMismatchError"
+        assert message.startswith(what)
     assert raw.calls()["Decrypt"] == 0
     assert not [key for key in raw.keys("raw") if key.startswith("opened/")]
 
@@ -156,8 +159,10 @@ def test_kms_itself_holds_to_the_context(raw):
     document["context"]["tenant"] = "b"
     changed = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     raw.put("sealed", {"_KEY_FOR_a.csv.json": changed.encode()})
-    transform = DecryptFiles("s3://raw/opened/", key="aws-kms://alias/etl", context={**CONTEXT, "tenant": "b"})
-    name, message = fails(transform, "s3://sealed/a.csv")
+    settings = {"key": "aws-kms://alias/etl", "context": {**CONTEXT, "tenant": "b"}}
+    name, _ = fails(DecryptFiles("s3://raw/opened/", **settings), "s3://sealed/a.csv")
+    assert name == "ContextMismatchError"  # the manifest's
+    name, message = fails(DecryptFiles("s3://raw/opened/", **settings, manifest="ignore"), "s3://sealed/a.csv")
     assert name == "TamperedError"
     assert "the key file or its encryption context was changed" in message
 
@@ -165,7 +170,7 @@ def test_kms_itself_holds_to_the_context(raw):
 HUNDRED = {f"many/{number:03}.bin": data_of(1000, number) for number in range(100)}
 
 
-def test_a_hundred_files_in_one_bundle_are_one_call_to_kms_and_few_to_s3(aws, monkeypatch):
+def test_a_hundred_files_in_one_bundle_are_few_calls_to_kms_and_to_s3(aws, monkeypatch):
     """The requests that jobs of small files make, so that a change that adds one to each file is seen.
 
     The readers are two processes, which reach S3 by Beam's option only.
@@ -176,10 +181,11 @@ def test_a_hundred_files_in_one_bundle_are_one_call_to_kms_and_few_to_s3(aws, mo
     job = encrypt("s3://raw/many/*", "s3://sealed/", "aws-kms://alias/etl")
     assert len(job.results) == 100
     assert aws.calls() == {
-        "GenerateDataKey": 1,
-        "GetObject": 100 + 100,  # the file; its shard's key file, read back
-        "PutObject": 100 + 100,  # the key file; the shard
-        "HeadObject": 1 + 100,  # whether the glob is the name of a file; whether there is an old shard to remove
+        "GenerateDataKey": 1 + 1,  # for the shards; for the manifest
+        "GetObject": 100 + 100 + 1,  # the file; its shard's key file, read back; whether there is a manifest
+        "PutObject": 100 + 100 + 1,  # the key file; the shard; the manifest
+        # Whether the glob is the name of a file; whether there is an old shard to remove; whether a manifest came.
+        "HeadObject": 1 + 100 + 2,
         "ListObjectsV2": 1 + 1 + 1 + 1,  # the same for a folder; the files; key files beside them; shards that exist
     }
     assert sorted(aws.keys("sealed")) == with_manifest(*below("many/", HUNDRED))
@@ -192,9 +198,9 @@ def test_a_hundred_files_in_one_bundle_are_one_call_to_kms_and_few_to_s3(aws, mo
     result = pipeline.run()
     result.wait_until_finish()
     calls = aws.calls()
-    assert calls.pop("Decrypt") in (1, 2)  # one in each process that had files
+    assert calls.pop("Decrypt") in (1 + 1, 2 + 1)  # one in each process that had files, and the manifest's
     assert calls == {
-        "GetObject": 100 + 100,  # the key file; the shard
+        "GetObject": 100 + 100 + 1,  # the key file; the shard; the manifest
         "PutObject": 100,
         "HeadObject": 1,
         "ListObjectsV2": 1 + 1 + 1,  # whether the glob is the name of a folder; the shards; outputs that exist
@@ -213,8 +219,8 @@ def test_a_file_is_split_at_line_ends_into_shards(aws):
     names = [f"flights-{number:05}-of-00003.csv" for number in range(3)]
     assert [result.shard for result in job.results] == [f"s3://sealed/{name}" for name in names]
     calls = aws.calls()
-    assert calls["GenerateDataKey"] == 1
-    assert calls["PutObject"] == 6
+    assert calls["GenerateDataKey"] == 1 + 1  # the manifest's
+    assert calls["PutObject"] == 6 + 1
     decrypt("s3://sealed/*.csv", "s3://raw/opened/", "aws-kms://alias/etl")
     parts = [aws.read("raw")[f"opened/{name}"] for name in names]
     assert all(part.startswith(b"number,text\n") and part.endswith(b"\n") for part in parts)
@@ -230,7 +236,7 @@ def test_a_large_file_goes_in_parts_and_comes_back(aws, monkeypatch):
     calls = aws.calls()
     assert (calls["CreateMultipartUpload"], calls["UploadPart"], calls["CompleteMultipartUpload"]) == (1, 3, 1)
     decrypt("s3://sealed/large", "s3://raw/opened/", "aws-kms://alias/etl")
-    assert aws.calls()["GetObject"] == 2  # the key file, and the shard from end to end
+    assert aws.calls()["GetObject"] == 3  # the manifest, the key file, and the shard from end to end
     assert aws.read("raw")["opened/large"] == data_of(12 << 20)
 
 

@@ -40,13 +40,17 @@ def test_one_re_encrypt_for_one_data_key_and_no_shard_is_read(sealed, tmp_path):
         "GetObject": 10,
     }
     assert counters == {"key_files": 5, "key_files_changed": 5, "kms_ReEncrypt": 1}
+    with pytest.raises(WrongKeyError, match=r"section 1 of s3://sealed/_MANIFEST\.json"):  # the pattern left it out
+        decrypt("s3://sealed/", tmp_path / "no", f"aws-kms://{new}", context=CONTEXT)
+    _, counters = run(RotateKeys(f"aws-kms://{old}", to=f"aws-kms://{new}"), "s3://sealed/_MANIFEST.json")
+    assert counters == {"key_files": 1, "key_files_changed": 1, "kms_ReEncrypt": 1}
     decrypt("s3://sealed/", tmp_path / "opened", f"aws-kms://{new}", context=CONTEXT)
     assert len(read_files(tmp_path / "opened")) == 5
     with pytest.raises(WrongKeyError):
         decrypt("s3://sealed/", tmp_path / "no", f"aws-kms://{old}", context=CONTEXT)
     aws.calls()
     _, counters = run(RotateKeys(f"aws-kms://{old}", to=f"aws-kms://{new}"), "s3://sealed/")
-    assert (counters, aws.calls()["PutObject"]) == ({"key_files": 5}, 0)
+    assert (counters, aws.calls()["PutObject"]) == ({"key_files": 6}, 0)
 
 
 def test_a_key_of_another_region_is_added_and_opens_alone(sealed, tmp_path):
@@ -113,6 +117,8 @@ def test_the_command_names_the_permission_that_is_missing_in_kms(aws, fake_kms, 
     calls = fake_kms.calls
     said = command(*words, "--log", "s3://raw/audit/log.jsonl")
     figures = json.loads(said.output)
-    assert (said.status, figures["changed"], figures["kms_calls"]["ReEncrypt"]) == (0, 5, 1)
-    assert (fake_kms.calls - calls)["ReEncrypt"] == 1 + 1  # one was a dry run, before anything started
-    assert len(aws.read("raw")["audit/log.jsonl"].splitlines()) == 5
+    assert (said.status, figures["changed"], figures["kms_calls"]["ReEncrypt"]) == (0, 6, 2)
+    assert (fake_kms.calls - calls)[
+        "ReEncrypt"
+    ] == 2 + 1  # of the shards, of the manifest, and a dry run before anything started
+    assert len(aws.read("raw")["audit/log.jsonl"].splitlines()) == 6

@@ -30,17 +30,20 @@ def verify(*patterns, **settings):
 @pytest.mark.parametrize("pattern", ["s3://sealed/", "s3://sealed/2026/*", "s3://sealed/2026/?.csv"])
 def test_shards_in_s3_are_read_and_the_kms_is_asked_once(sealed, pattern):
     rows = verify(pattern, range_bytes=1 << 14)
-    assert {name: (row.ok, row.plaintext_bytes) for name, row in rows.items()} == dict.fromkeys(FILES, (True, 60_000))
+    assert {name: (row.ok, row.plaintext_bytes) for name, row in rows.items()} == {
+        **dict.fromkeys(FILES, (True, 60_000)),
+        "_MANIFEST.json": (True, None),
+    }
     calls = sealed.calls()
-    assert calls["Decrypt"] == 1
+    assert calls["Decrypt"] == 2  # for the shards, and for the manifest
     assert not calls.keys() & {"PutObject", "UploadPart", "CreateMultipartUpload", "DeleteObject"}
 
 
 def test_a_quick_look_is_two_or_three_requests_for_each_shard(sealed):
     assert all(row.ok for row in verify("s3://sealed/", quick=True).values())
     calls = sealed.calls()
-    assert (calls["Decrypt"], calls["ListObjectsV2"]) == (1, 1)
-    assert calls["GetObject"] + calls["HeadObject"] <= 4 * len(FILES)
+    assert (calls["Decrypt"], calls["ListObjectsV2"]) == (2, 2)  # of them one for manifests in folders below
+    assert calls["GetObject"] + calls["HeadObject"] <= 4 * len(FILES) + 1
 
 
 def test_damage_in_s3_is_found(sealed):
@@ -51,11 +54,20 @@ def test_damage_in_s3_is_found(sealed):
     sealed.s3.delete_object(Bucket="sealed", Key="2026/2.csv")
     sealed.s3.delete_object(Bucket="sealed", Key="2026/_KEY_FOR_3.csv.json")
     for pattern in ("s3://sealed/", "s3://sealed/2026/*"):
-        rows = verify(pattern, range_bytes=1 << 14)
+        rows = verify(pattern, range_bytes=1 << 14, manifest="ignore")
         assert {name: row.kind for name, row in rows.items() if not row.ok} == {
             "2026/0.csv": "shard",
             "2026/1.csv": "shard",
             "2026/_KEY_FOR_2.csv.json": "key file",
+            "2026/3.csv": "file",
+            "2026/x": "file",
+        }
+        assert rows["2026/4.csv"].ok
+        rows = verify(pattern, range_bytes=1 << 14)
+        assert {name: row.kind for name, row in rows.items() if not row.ok} == {
+            "2026/0.csv": "shard",
+            "2026/1.csv": "shard",
+            "2026/2.csv": "shard",  # listed
             "2026/3.csv": "file",
             "2026/x": "file",
         }

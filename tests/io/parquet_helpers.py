@@ -42,7 +42,7 @@ def write(prefix, key, elements=ROWS, schema=SCHEMA, **options):
 def rows_of(pattern, key, context=None):
     """Return the rows of each file that a pattern matches, without Beam's readers."""
     found = {}
-    for path in find_parquet(str(pattern)):
+    for path in find_parquet(str(pattern))[1]:
         with open_parquet_at(path, key, context) as reader:
             found[path.rpartition("/")[2]] = reader.read().to_pylist()
     return found

@@ -429,7 +429,7 @@ def test_internal_files_are_passed_over(tmp_path, local_key):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"PARE, perhaps")
     for pattern in (f"{tmp_path}/out", f"{tmp_path}/out/", f"{tmp_path}/out/**"):
-        assert find_parquet(pattern) == [f"{tmp_path}/out/part-00000-of-00001.parquet"]
+        assert find_parquet(pattern) == (f"{tmp_path}/out/**", [f"{tmp_path}/out/part-00000-of-00001.parquet"])
     with pytest.raises(FileNotFoundError, match="only key files and unfinished files match"):
         find_parquet(f"{tmp_path}/out/_*")
 
@@ -492,9 +492,10 @@ def test_the_wrong_key_or_context_fails_by_name(tmp_path, local_key, stranger):
         (local_key, {"dataset": "x"}, "ContextMismatchError"),
         (local_key, None, "ContextMismatchError"),
     ):
-        with pytest.raises(Exception, match=r"part-00000-of-00001\.parquet") as caught:
-            collect(ReadEncryptedParquet(f"{tmp_path}/part*", key=key, context=context))
-        assert error in error_of(caught)
+        for manifest, what in (("ignore", r"part-00000-of-00001\.parquet"), ("use", r"section 1 of .*_MANIFEST\.json")):
+            with pytest.raises(Exception, match=what) as caught:
+                collect(ReadEncryptedParquet(f"{tmp_path}/part*", key=key, context=context, manifest=manifest))
+            assert error in error_of(caught)
     assert len(collect(ReadEncryptedParquet(f"{tmp_path}/part*", key=local_key, context=ANY_CONTEXT))) == 1000
 
 
@@ -566,7 +567,7 @@ def test_labels_and_types_stay(tmp_path, local_key):
         f"Out/{name}"
         for name in (
             "Seal", "Group", "Write", "Start", "No file", "Rewindow", "A file", "Flatten", "Gather", "Name", "Spread",
-            "Move", "Moved", "All moved", "Clean",
+            "Move", "Moved", "All moved", "Clean", "Manifest",
         )
     }  # fmt: skip
     write(tmp_path / "part", local_key, PEOPLE, None)

@@ -279,7 +279,7 @@ def test_a_shard_of_another_filesystem_is_one_of_the_local_disk(disk, tmp_path, 
 def test_the_key_file_has_its_name_before_the_shard_has_its_own(disk, tmp_path, local_key):
     encrypt(write_files(tmp_path / "data", {"a.csv": b"a"}), "test-disk://sealed", local_key)
     renamed = [name for action, name in DiskFileSystem.log if action == "rename"]
-    assert renamed == [key_file_name("a.csv"), "a.csv"]
+    assert renamed == [key_file_name("a.csv"), "a.csv", "_MANIFEST.json"]
     assert {name[:5] for action, name in DiskFileSystem.log if action == "create"} == {"_TMP_"}
 
 

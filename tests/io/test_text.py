@@ -79,9 +79,10 @@ def test_two_datasets_of_one_pipeline_have_each_its_key_and_context(tmp_path, lo
 def test_a_wrong_key_or_context_fails_the_pipeline_by_name(tmp_path, local_key, other_key, which, context, error):
     write(tmp_path / "part", local_key, context={"dataset": "a"})
     key = other_key if which == "other" else local_key
-    with pytest.raises(Exception, match=r"part-00000-of-00001") as caught, pipeline() as p:
-        _ = p | ReadEncryptedText(f"{tmp_path}/part*", key=key, context=context)
-    assert error.__name__ in repr(caught.value)
+    for manifest, what in (("ignore", "part-00000-of-00001"), ("use", r"section 1 of .*_MANIFEST\.json")):
+        with pytest.raises(Exception, match=what) as caught, pipeline() as p:
+            _ = p | ReadEncryptedText(f"{tmp_path}/part*", key=key, context=context, manifest=manifest)
+        assert error.__name__ in repr(caught.value)
 
 
 def test_beams_options_hold(tmp_path, local_key):
