@@ -99,6 +99,8 @@ def _run_job(
     jobs.check_landed(tasks, arguments.output)
     seconds = time.monotonic() - start
     summary = jobs.summary(result)
+    if not jobs.counters(result):
+        return _tell_without_metrics(verb, len(tasks), arguments, seconds)
     if arguments.json:
         figures = {"output": arguments.output, **summary, "kms_calls_to_check": checks, "seconds": round(seconds, 3)}
         print(json.dumps(figures))
@@ -112,6 +114,19 @@ def _run_job(
         f"{verb}ed {files}{skipped}, {decimal(summary['plaintext_bytes'])} in {seconds:.1f} s "
         f"({decimal(int(summary['plaintext_bytes'] / seconds))}/s) into {escape(arguments.output)}. "
         f"KMS calls: {calls}{checked}.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _tell_without_metrics(verb: str, n_tasks: int, arguments: argparse.Namespace, seconds: float) -> int:
+    """Say what is known of a job on a runner that counts nothing: that its files are there."""
+    if arguments.json:
+        print(json.dumps({"output": arguments.output, "files": n_tasks, "seconds": round(seconds, 3)}))
+        return 0
+    console.output.print(
+        f"{verb}ed {_count(n_tasks, 'file')} in {seconds:.1f} s into {escape(arguments.output)}. This runner reports "
+        "no metrics, so bytes and KMS calls are not known.",
         soft_wrap=True,
     )
     return 0

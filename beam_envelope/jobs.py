@@ -24,7 +24,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
-from apache_beam.runners.runner import PipelineResult
+from apache_beam.runners.runner import PipelineResult, create_runner
 from apache_beam.transforms.error_handling import CollectingErrorHandler
 
 from beam_envelope import table_arguments
@@ -44,6 +44,8 @@ from beam_envelope.transforms.verify_plan import VerifiedFile
 
 _WAKE_UP: Final = signal.SIGUSR1
 
+DASK_RUNNER: Final = "apache_beam.runners.dask.dask_runner.DaskRunner"
+
 SMALL_JOB_BYTES: Final = 64 << 20
 """Below this, starting worker processes takes longer than the work itself."""
 
@@ -55,6 +57,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     encrypt without one. What our arguments do not say comes from our options (`--envelope_key`), then the environment.
     """
     arguments, rest = parser.parse_known_args(argv)
+    _load_dask(rest)
     beam_parser = _BeamArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in PipelineOptions.__subclasses__():
         options._add_argparse_args(beam_parser)  # noqa: SLF001  # as PipelineOptions itself does
@@ -85,6 +88,20 @@ def _fill(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             arguments.any_context = True
         else:
             arguments.context = [f"{name}={value}" for name, value in expected.items()]
+
+
+def _load_dask(words: Sequence[str]) -> None:
+    """Import DaskRunner if it is asked for: unlike those of other runners, its options are known only then."""
+    name = PipelineOptions(words).view_as(StandardOptions).runner or ""
+    if "dask" in name.lower():
+        try:
+            create_runner(name)
+        except ValueError:
+            raise EnvelopeError(f"Beam knows no short name for Dask's runner: write --runner={DASK_RUNNER}") from None
+        except ImportError as error:
+            raise EnvelopeError(
+                f"DaskRunner needs Dask: pip install 'apache-beam[dask]' here and on the workers ({error})"
+            ) from None
 
 
 def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTables:

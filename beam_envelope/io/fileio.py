@@ -28,6 +28,7 @@ from beam_envelope.io.options import Settings
 from beam_envelope.keys.context import checked_context
 from beam_envelope.keys.uri import Key, open_keys
 from beam_envelope.settings import chosen_keys, written_context
+from beam_envelope.transforms.runner_limits import refuse_on_dask
 
 
 class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[Any]"]):
@@ -87,6 +88,12 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the results of the shards that are there."""
+        refuse_on_dask(
+            elements,
+            "WriteEncryptedFiles",
+            "DaskRunner drops what a bundle gives at its end, so no shard would be there",
+            "What is in files already: EncryptFiles. Elements: take another runner",
+        )
         results: beam.PCollection[Any] = (
             elements | "Write" >> self._write | "Check" >> beam.ParDo(_CheckDoFn(self._path, self._temporary))
         )

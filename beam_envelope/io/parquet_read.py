@@ -25,6 +25,7 @@ from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
 from beam_envelope.settings import chosen_keys, expected_context
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.runner_limits import check_on_dask
 
 _RANGE_ROWS: Final = 1 << 20
 _BATCH_ROWS: Final = 1 << 16
@@ -172,6 +173,7 @@ class _Read(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Any]"]):
         self._settings, self._kind, self._element_type = settings, kind, element_type
 
     def expand(self, patterns: beam.PCollection[str]) -> beam.PCollection[Any]:
+        check_on_dask(patterns, "reading encrypted Parquet")
         read = beam.ParDo(_ReadDoFn(self._settings, self._kind))
         output_type: Any = self._element_type
         if self._settings.with_filename:

@@ -43,6 +43,7 @@ from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, written_context
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.runner_limits import refuse_on_dask
 
 _ROW_GROUP_ROWS: Final = 1 << 20
 _ROW_GROUP_BYTES: Final = 64 << 20
@@ -143,6 +144,12 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[EncryptedParquetFile]:
         """Return the files."""
+        refuse_on_dask(
+            elements,
+            "WriteEncryptedParquet",
+            "DaskRunner drops what a bundle gives at its end, so the files would have no rows",
+            "Rows that are in files already: EncryptTables. Others: take another runner",
+        )
         settings = self._settings
         if settings.schema is None:
             schema = schema_of(elements.element_type)

@@ -27,6 +27,7 @@ from beam_envelope.io.store import expand, key_file_path, split_path
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.transforms.runner_limits import check_on_dask, refuse_on_dask
 
 
 class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[str]"]):
@@ -68,6 +69,12 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
 
     def expand(self, lines: beam.PCollection[Any]) -> beam.PCollection[str]:
         """Return the paths of the shards."""
+        refuse_on_dask(
+            lines,
+            "WriteEncryptedText",
+            "DaskRunner drops what a bundle gives at its end, so the shards would be empty",
+            "Lines that are in files already: EncryptFiles(split_lines=...). Others: take another runner",
+        )
         paths: beam.PCollection[str] = (
             lines | "Write" >> self._write | "Paths" >> beam.Map(inner_path).with_output_types(str)
         )
@@ -125,6 +132,12 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Any]:
         """Return the lines, or pairs of path and line."""
+        refuse_on_dask(
+            begin,
+            "ReadEncryptedText",
+            "DaskRunner cannot read sources",
+            "Give the paths to ReadAllEncryptedText: beam.Create([pattern]) | ReadAllEncryptedText(...)",
+        )
         return _with_inner_paths(begin | "Read" >> self._read, self._with_filename)
 
     def display_data(self) -> dict[str, Any]:
@@ -165,6 +178,7 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
 
     def expand(self, paths: beam.PCollection[str]) -> beam.PCollection[Any]:
         """Return the lines, or pairs of path and line."""
+        check_on_dask(paths, "ReadAllEncryptedText")
         checked = paths | "Manifest" >> beam.Map(_checked, self._manifest).with_output_types(str)
         enveloped = checked | "Envelope" >> beam.Map(_enveloped).with_output_types(str)
         return _with_inner_paths(enveloped | "Read" >> self._read, self._with_filename)

@@ -35,6 +35,7 @@ from beam_envelope.transforms.elements import (
     read_keys,
     write_keys,
 )
+from beam_envelope.transforms.runner_limits import refuse_on_dask
 
 _TABLES: Final = typehints.Union[pa.Table, pa.RecordBatch]
 
@@ -327,6 +328,12 @@ def _apply(
     dofn.with_input_types(_TABLES)
     if row is None:
         return transform.apply(label, dofn, elements, kind if kind in {pa.Table, pa.RecordBatch} else _TABLES)
+    refuse_on_dask(
+        elements,
+        f"{type(transform).__name__} of rows",
+        "it takes rows in batches, and DaskRunner gives them one by one",
+        "Make pyarrow tables the elements, or take EncryptFields and DecryptFields",
+    )
     try:
         schema = schemas.typing_to_runner_api(row).row_type.schema
         before = arrow_type_compatibility.arrow_schema_from_beam_schema(schema)

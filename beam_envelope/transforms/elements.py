@@ -28,6 +28,7 @@ from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.runner_limits import check_on_dask
 
 Bundle = TypeVar("Bundle")
 FAILED: Final = "failed"
@@ -216,6 +217,7 @@ class ElementTransform(beam.PTransform["beam.PCollection[Any]", "beam.PCollectio
         self, label: str, dofn: KeyUsingDoFn[Any], elements: beam.PCollection[Any], output_type: Any
     ) -> beam.PCollection[Any]:
         """Return the results; only with an error handler has the step a second output, which not every runner has."""
+        check_on_dask(elements, type(self).__name__, self._handler)
         dofn.catch = self._handler is not None
         step = beam.ParDo(dofn)
         if self._handler is None:

@@ -16,6 +16,7 @@ from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
+from beam_envelope.transforms.runner_limits import check_on_dask
 
 # What concerns one file goes to an error handler, where there is one.
 _DEAD_LETTERS: Final = (*DATA_ERRORS, FileNotFoundError, PermissionError)
@@ -50,6 +51,7 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
 
     def expand(self, sources: beam.PCollection[str | FileMetadata]) -> beam.PCollection[Any]:
         """Return the PCollection of results."""
+        check_on_dask(sources, type(self).__name__, self._handler)
         catch = self._handler is not None
         tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch), sources)
         # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.

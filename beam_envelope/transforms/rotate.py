@@ -29,6 +29,7 @@ from beam_envelope.keys.provider import KeyProvider, kms_calls
 from beam_envelope.keys.uri import Key, open_key, open_keys
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import FailedFile
+from beam_envelope.transforms.runner_limits import check_on_dask
 
 T = TypeVar("T")
 
@@ -114,6 +115,7 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
 
     def expand(self, patterns: beam.PCollection[str]) -> beam.PCollection[RotatedFile]:
         """Return the results."""
+        check_on_dask(patterns, "RotateKeys", self._handler)
         catch = self._handler is not None
         lanes = _LANES if self._rate is None else 1
         batches = patterns | "Find" >> beam.ParDo(_FindDoFn()) | "Spread" >> beam.Reshuffle()

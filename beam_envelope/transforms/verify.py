@@ -15,6 +15,7 @@ from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, expected_context
 from beam_envelope.transforms.job_log import WriteLog, now
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.runner_limits import check_on_dask
 from beam_envelope.transforms.verify_find import Found, find_listed, printable_name
 from beam_envelope.transforms.verify_plan import (
     FILE,
@@ -78,6 +79,7 @@ class VerifyShards(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Ve
 
     def expand(self, patterns: beam.PCollection[str]) -> beam.PCollection[VerifiedFile]:
         """Return the results."""
+        check_on_dask(patterns, "VerifyShards")
         # A file and its key file come together here, whichever pattern found them.
         found = patterns | "Find" >> beam.ParDo(_FindDoFn(self.verifier)) | "Pair" >> beam.GroupByKey()
         parts = found | "Split" >> beam.ParDo(_SplitDoFn(self.verifier)) | "Spread" >> beam.Reshuffle()
