@@ -184,4 +184,3 @@ def _upper(text: str) -> str:
 def describe(template: str) -> str:
     """Return the first line of what a program says of itself."""
     return (importlib.import_module(f"pipelines.{template}").__doc__ or "").partition("\n")[0]
-
