@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from apache_beam import coders
 
 from beam_envelope.formats.output import Buffer, Output, StreamOutput
 from beam_envelope.formats.parquet_keys import ColumnKeys
@@ -25,6 +24,7 @@ from beam_envelope.io.store import key_file_path, store_of
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
 from beam_envelope.keys.provider import DataKey, KeyProvider
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.row_types import register_rows
 
 
 class EncryptedParquetFile(NamedTuple):
@@ -47,7 +47,7 @@ class EncryptedParquetFile(NamedTuple):
     window: str
 
 
-coders.registry.register_coder(EncryptedParquetFile, coders.RowCoder)
+register_rows(EncryptedParquetFile)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
-from apache_beam import coders
 
 from beam_envelope.errors import DATA_ERRORS, EnvelopeError
 from beam_envelope.formats.dataset_key import DATASET_KEY, DeterministicEncryptor, checked_key_name
@@ -28,6 +27,7 @@ from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, expected_context, written_context
 from beam_envelope.transforms.metrics import Progress
+from beam_envelope.transforms.row_types import register_rows
 from beam_envelope.transforms.runner_limits import check_on_dask
 
 Bundle = TypeVar("Bundle")
@@ -55,7 +55,7 @@ class FailedRecord(NamedTuple):
     ciphertext: bytes | None
 
 
-coders.registry.register_coder(FailedRecord, coders.RowCoder)
+register_rows(FailedRecord)
 
 
 def failed_record(

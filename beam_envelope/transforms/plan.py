@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from apache_beam import coders
 from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope.arguments import IF_EXISTS
@@ -26,6 +25,7 @@ from beam_envelope.io.store import (
     split_path,
 )
 from beam_envelope.transforms.lines import parts
+from beam_envelope.transforms.row_types import register_rows
 
 IfExists: TypeAlias = Literal["error", "skip", "overwrite"]
 _COMPRESSED_NAMES: Final = (".gz", ".bz2", ".zst", ".xz", ".zip", ".parquet", ".orc", ".avro")
@@ -77,8 +77,7 @@ class Task(NamedTuple):
     shard_id: str = ""
 
 
-for _row in (EncryptedFile, DecryptedFile, FailedFile):
-    coders.registry.register_coder(_row, coders.RowCoder)
+register_rows(EncryptedFile, DecryptedFile, FailedFile)
 
 
 @dataclass(frozen=True)

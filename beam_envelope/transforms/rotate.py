@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
 import apache_beam as beam
-from apache_beam import coders, typehints
+from apache_beam import typehints
 
 from beam_envelope.errors import EnvelopeError, KeyAccessError, KeyFileMissingError, KmsUnavailableError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, WrappedDataKey
@@ -29,6 +29,7 @@ from beam_envelope.keys.provider import KeyProvider, kms_calls
 from beam_envelope.keys.uri import Key, open_key, open_keys
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import FailedFile
+from beam_envelope.transforms.row_types import register_rows
 from beam_envelope.transforms.runner_limits import check_on_dask
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class RotatedFile(NamedTuple):
     changed: bool
 
 
-coders.registry.register_coder(RotatedFile, coders.RowCoder)
+register_rows(RotatedFile)
 
 
 @typehints.with_input_types(str)

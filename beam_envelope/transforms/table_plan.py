@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Optional
 
 import pyarrow as pa
-from apache_beam import coders
 
 from beam_envelope.errors import FormatError
 from beam_envelope.formats.parquet_columns import leaf_paths
@@ -24,6 +23,7 @@ from beam_envelope.io.table_source import (
 )
 from beam_envelope.io.table_text import open_text
 from beam_envelope.transforms.plan import EncryptPlan
+from beam_envelope.transforms.row_types import register_rows
 
 DEFAULT_CODEC: Final = "SNAPPY"
 
@@ -66,8 +66,7 @@ class DecryptedTable(NamedTuple):
     skipped: bool
 
 
-for _row in (EncryptedTable, DecryptedTable):
-    coders.registry.register_coder(_row, coders.RowCoder)
+register_rows(EncryptedTable, DecryptedTable)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Optional
 
 import pyarrow as pa
-from apache_beam import coders
 
 from beam_envelope.errors import (
     EnvelopeError,
@@ -34,6 +33,7 @@ from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import LocalStore, key_file_path, read_small, split_path, store_of
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KEY_ID_BYTES, KeyProvider
+from beam_envelope.transforms.row_types import register_rows
 from beam_envelope.transforms.verify_find import Found, printable_name, reason_of
 
 SHARD: Final = "shard"
@@ -102,8 +102,7 @@ class Part(NamedTuple):
     key_file: bytes
 
 
-for _row in (VerifiedFile, Part):
-    coders.registry.register_coder(_row, coders.RowCoder)
+register_rows(VerifiedFile, Part)
 
 
 def _result(
