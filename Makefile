@@ -14,10 +14,10 @@ PIP_INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --qui
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test spark lint format types bench ci clean
+.PHONY: help demo test spark engines test-engines engines-matrix lint format types bench ci clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.stamp-base ## see it at work on a real dataset; no AWS account needed
 	@$(BIN)/python -m pipelines.demo
@@ -31,6 +31,18 @@ spark: .venv/.stamp-spark ## have `make test` let Spark and Tink read what we wr
 		mvn --quiet --batch-mode --file tests/formats/spark/pom.xml dependency:build-classpath >/dev/null \
 		|| echo "Maven could not fetch the AWS SDK for Java: the tests of docs/spark/ will be skipped."; \
 	else echo "No Maven here: the tests of docs/spark/ will be skipped."; fi
+
+# They are built outside of this folder, once for all clones: tests/engines/build.py says where.
+engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-engines`; needs Go, Java 17 and Maven
+	@$(BIN)/python tests/engines/build.py
+
+# One process: each engine is started once, and has both cores of a small machine to itself.
+test-engines: engines .venv/.stamp-test ## run our transforms and programs on every engine; some minutes
+	$(BIN)/python -m pytest tests/engines --timeout 600 $(PYTEST_ARGS)
+
+engines-matrix: export BEAM_ENVELOPE_MATRIX = docs/runners-matrix.md
+engines-matrix: ## the same, and write what ran where into docs/runners-matrix.md
+	$(MAKE) test-engines PYTEST_ARGS="tests/engines/test_matrix.py $(PYTEST_ARGS)"
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

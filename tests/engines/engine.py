@@ -12,7 +12,7 @@ from tests.engines.flink import FlinkCluster, job_server_jar
 from tests.engines.server import Server, clean_environment, free_port
 from tests.engines.worker_pool import WorkerPool
 
-CONTEXT_OPTIONS = {"BEAM_ENVELOPE_KEY": "aws-kms://alias/etl", "BEAM_ENVELOPE_CONTEXT": "dataset=people"}
+SETTINGS = {"BEAM_ENVELOPE_KEY": "aws-kms://alias/etl", "BEAM_ENVELOPE_CONTEXT": "dataset=people"}
 
 
 class Engine:
@@ -46,7 +46,7 @@ class Engine:
     def start_pool(self, *, boot):
         """Start an external worker pool, and have jobs use it."""
         self.options_reach_workers = boot
-        environment = self.environment if boot else {**self.environment, **CONTEXT_OPTIONS}
+        environment = self.environment if boot else {**self.environment, **SETTINGS}
         self.pool = WorkerPool(self.folder / "pool", boot=boot, environment=environment)
         self._stack.callback(self.pool.stop)
         self.options += self.pool.options
@@ -68,7 +68,7 @@ class Engine:
             self._driver = None
             raise
 
-    def command(self, module, *words, seconds=240):
+    def command(self, module, *words, seconds=500):
         """Run a module as a program, with the engine's options after the words; return its status and what it said."""
         environment = clean_environment(self.folder, self.environment)
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -164,12 +164,12 @@ def _spark(engine):
 
 ENGINES = {
     "FnApiRunner": (_fn_api, {}),
-    "DirectRunner, 2 processes": (_multi_processing, {"workers": 2}),
+    "DirectRunner, 2 processes": (_multi_processing, {"workers": 2, "slow": True}),
     "Prism": (_prism, {}),
     "Prism job server": (_prism_server, {}),
-    "Prism, worker pool": (_prism_pool, {}),
-    "portable, worker pool": (_portable_pool, {}),
-    "portable, bare worker pool": (_portable_bare, {}),
+    "Prism, worker pool": (_prism_pool, {"slow": True}),
+    "portable, worker pool": (_portable_pool, {"slow": True}),
+    "portable, bare worker pool": (_portable_bare, {"slow": True}),
     "Flink embedded": (_flink, {"slow": True}),
     "Flink cluster": (_flink_cluster, {"workers": 2, "slow": True}),
     "Flink cluster, bare worker pool": (_flink_cluster_bare, {"workers": 2, "slow": True}),
