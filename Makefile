@@ -38,11 +38,11 @@ engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-
 
 # One process: each engine is started once, and has both cores of a small machine to itself.
 test-engines: engines .venv/.stamp-test ## run our transforms and programs on every engine; some minutes
-	$(BIN)/python -m pytest tests/engines --timeout 600 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(or $(ENGINE_TESTS),tests/engines) --timeout 600 $(PYTEST_ARGS)
 
 engines-matrix: export BEAM_ENVELOPE_MATRIX = docs/runners-matrix.md
 engines-matrix: ## the same, and write what ran where into docs/runners-matrix.md
-	$(MAKE) test-engines PYTEST_ARGS="tests/engines/test_matrix.py $(PYTEST_ARGS)"
+	$(MAKE) test-engines ENGINE_TESTS=tests/engines/test_matrix.py
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

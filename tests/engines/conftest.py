@@ -1,4 +1,4 @@
-"""Fixtures of the engines. `make engines` builds them, `make test-engines` runs these tests, and `make test` neither."""
+"""Fixtures of the engines. `make engines` builds them, `make test-engines` runs these tests, `make test` neither."""
 
 import os
 import signal

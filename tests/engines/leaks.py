@@ -1,4 +1,4 @@
-"""Looks for plaintext in all files below some folders, again and again while a job runs: engines delete much at its end."""
+"""Looks for plaintext in all files below some folders, all the time that a job runs: engines delete much at its end."""
 
 import contextlib
 import threading

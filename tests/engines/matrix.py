@@ -1,6 +1,6 @@
 """The table of what ran where, which the tests fill in and `make engines-matrix` writes."""
 
-import datetime
+import datetime as dt
 import platform
 from importlib.metadata import version
 
@@ -35,10 +35,10 @@ class Matrix:
         notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
         programs = {name: version(name) for name in ("apache-beam", "cryptography", "pyarrow", "boto3")}
         versions = ", ".join(f"{name} {number}" for name, number in programs.items())
-        today = datetime.datetime.now(tz=datetime.timezone.utc).date()
+        today = dt.datetime.now(tz=dt.timezone.utc).date()
         where = (
-            f"Run on {today} with Python {platform.python_version()}, {versions}; Flink 1.19.0 and Spark 3.5.5 with Beam "
-            f"2.62.0's job servers; Prism 2.77.0; {platform.system()}."
+            f"Run on {today} with Python {platform.python_version()}, {versions}; Flink 1.19.0 and Spark 3.5.5 with "
+            f"the job servers of Beam 2.62.0; Prism 2.77.0; {platform.system()}."
         )
         with open(path, "w") as page:
             page.write("\n".join([HEADER, where, "", *lines, "", *notes]).rstrip() + "\n")

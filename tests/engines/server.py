@@ -1,4 +1,4 @@
-"""Servers of engines as child processes: started, waited for until they answer, and ended with all that they started."""
+"""Servers of engines as child processes: started, waited for until they answer, ended with all that they started."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import ClassVar
 
 TAIL_BYTES = 6_000
 
@@ -56,7 +57,7 @@ class Server:
         environment: more than this process's own environment without its AWS and BEAM_ENVELOPE settings.
     """
 
-    running = []  # of this process; the last one started is the first to be ended
+    running: ClassVar[list] = []  # of this process; the last one started is the first to be ended
 
     def __init__(self, name, command, folder, environment=None):
         self.name, self.folder = name, Path(folder)
@@ -108,11 +109,12 @@ class Server:
         """Kill the process and its children at once, as a machine that fails."""
         self._signal(signal.SIGKILL)
         self._process.wait()
-        if self in Server.running:
-            Server.running.remove(self)
+        Server.running.remove(self)
 
     def stop(self):
-        """End the process and its children: politely, then for certain."""
+        """End the process and its children, unless that was done: politely, then for certain."""
+        if self not in Server.running:
+            return
         self._signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             wait_for(lambda: self._process.poll() is not None and not members(self.pid), self.name, seconds=5)
