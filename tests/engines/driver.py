@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 
-from tests.engines.server import clean_environment, tail
+from tests.engines.server import clean_environment, kill_session, tail
 
 
 class Driver:
@@ -42,14 +42,16 @@ class Driver:
         return json.loads(answer)["error"]
 
     def close(self):
-        """End the process."""
-        self._process.stdin.close()
+        """End the process, and what a runner started in it."""
         try:
+            self._process.stdin.close()
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        finally:
+            kill_session(self._process.pid)
             self._process.wait()
-        self._process.stdout.close()
+            self._process.stdout.close()
 
 
 def _run(request):

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.engines import build
 from tests.engines.driver import Driver
 from tests.engines.flink import FlinkCluster, job_server_jar
-from tests.engines.server import Server, clean_environment, free_port
+from tests.engines.server import Server, clean_environment, free_port, kill_session
 from tests.engines.worker_pool import WorkerPool
 
 SETTINGS = {"BEAM_ENVELOPE_KEY": "aws-kms://alias/etl", "BEAM_ENVELOPE_CONTEXT": "dataset=people"}
@@ -73,18 +73,18 @@ class Engine:
         environment = clean_environment(self.folder, self.environment)
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-m", module, *map(str, words), *self.options]
-        done = subprocess.run(
-            command,
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-        with (self.folder / "commands.log").open("a") as log:
-            log.write(f"=== {command}\n{done.stdout}{done.stderr}\n")
-        return done.returncode, done.stdout + done.stderr
+        with (self.folder / "commands.log").open("a+") as log:
+            start = log.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                status = process.wait(seconds)
+            finally:
+                kill_session(process.pid)  # what the runner started too
+                process.wait()
+            log.seek(start)
+            return status, log.read()
 
     def close(self):
         """End everything that was started."""

@@ -13,7 +13,7 @@ OPENS = [
 ]  # fmt: skip
 MEMORY = {  # of a TaskManager: its start scripts would compute these
     "task.heap.size": "256m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
-    "framework.off-heap.size": "128m", "network.min": "192m", "network.max": "192m", "managed.size": "64m",
+    "framework.off-heap.size": "128m", "network.min": "256m", "network.max": "256m", "managed.size": "64m",
     "jvm-metaspace.size": "256m", "jvm-overhead.min": "192m", "jvm-overhead.max": "192m",
 }  # fmt: skip
 
@@ -59,6 +59,7 @@ class FlinkCluster:
             "rest.port": self.rest_port,
             "taskmanager.host": "localhost",
             "taskmanager.numberOfTaskSlots": 1,
+            "taskmanager.network.sort-shuffle.min-buffers": 32,  # of each shuffle; 512 would want much memory for many
             "restart-strategy.type": "fixed-delay",
             "restart-strategy.fixed-delay.attempts": 2,
             "restart-strategy.fixed-delay.delay": "1 s",

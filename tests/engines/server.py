@@ -145,6 +145,13 @@ def members(session):
     return [pid for pid, its_session, _ in _processes() if its_session == session]
 
 
+def kill_session(session):
+    """Kill all processes of a session."""
+    for pid in members(session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def descendants(pid):
     """Return the living descendants of a process with their command lines, by process id."""
     parents = {child: parent for child, _, parent in _processes()}
