@@ -20,6 +20,7 @@ from beam_envelope.errors import (
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
 from beam_envelope.formats.shard import create_shard, open_shard
 from beam_envelope.io.keystore import create_dataset_key, create_records, open_key_store, open_records
+from beam_envelope.keys.allowed import AllowedKeys
 from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.context import ANY_CONTEXT
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ANY_CONTEXT",
+    "AllowedKeys",
     "AlreadyEncryptedError",
     "AwsKms",
     "AwsKmsSecret",

@@ -142,7 +142,7 @@ class RecordEncryptor:
     def close(self) -> None:
         """Drop the key; the next record takes a new one."""
         with self._lock:
-            self._left.records = 0
+            self._key, self._left.records = _NO_KEY, 0
             self._lease = _NO_LEASE
 
     def _take(self, n_bytes: int) -> tuple[_Lease, int]:

@@ -69,7 +69,7 @@ def create_shard(
         >>> with create_shard("out/a.bin", key="local-kms://keyring.json", context={"dataset": "a"}) as f:
         ...     f.write(b"data")
     """
-    keys = open_keys(key)
+    keys = open_keys(key, lists=False)
     pairs = checked_context(context)
     if isinstance(destination, (str, os.PathLike)):
         if key_file is not None:

@@ -57,6 +57,7 @@ _PERMISSION: Final = {
     "Decrypt": "kms:Decrypt",
     "ReEncrypt": "kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one",
     "DescribeKey": "kms:DescribeKey (or name the key by its ARN, which needs none)",
+    "ListAliases": "kms:ListAliases (for all resources, since it takes no key; or give no alias=)",
 }
 
 
@@ -263,6 +264,21 @@ class AwsKms(KeyProvider):
             due.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if due else "",
         )
 
+    def aliases(self) -> tuple[str, ...]:
+        """Return the aliases that point to this key, `alias/NAME`; KMS tells those of the caller's account and region.
+
+        Raises:
+            KeyAccessError, KmsUnavailableError: as `unwrap`.
+        """
+        names: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            answer = self._call("ListAliases", KeyId=self.key_id, **more)
+            names += [entry["AliasName"] for entry in answer["Aliases"]]
+            if not answer.get("Truncated"):
+                return tuple(names)
+            more = {"Marker": answer["NextMarker"]}
+
     def __str__(self) -> str:
         """Return the URI."""
         arn = _ARN.fullmatch(self.key_id)
@@ -384,6 +400,7 @@ _METHOD: Final = {
     "Decrypt": "decrypt",
     "ReEncrypt": "re_encrypt",
     "DescribeKey": "describe_key",
+    "ListAliases": "list_aliases",
 }
 _SERVER_ERROR: Final = 500
 # "Key states of AWS KMS keys", AWS KMS Developer Guide. Creating, PendingImport and Unavailable: it does not decrypt.

@@ -152,19 +152,20 @@ class _Caches:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.shared: dict[object, Erasable] = {}
+        self.shared: OrderedDict[object, Erasable] = OrderedDict()
         self.unwrapped: OrderedDict[_Entry, tuple[float, DataKey]] = OrderedDict()
         self.in_flight: dict[_Entry, threading.Lock] = {}
 
     def close(self) -> None:
         """Erase every key; under the lock, since another thread may be copying one."""
         with self.lock:
-            for holder in self.shared.values():
-                holder.close()
+            holders = list(self.shared.values())
             for _, data_key in self.unwrapped.values():
                 data_key.close()
             self.shared.clear()
             self.unwrapped.clear()
+        for holder in holders:  # outside of the lock: one may be waiting for it, with its own lock held
+            holder.close()
 
 
 _caches = _Caches()
@@ -179,15 +180,20 @@ def shared_source(keys: Sequence[KeyProvider], context: Mapping[str, str], polic
 def shared(entry: object, make: Callable[[], _Shared]) -> _Shared:
     """Return this process's one object for a hashable entry, and have it made if there is none.
 
-    It is dropped, and its keys with it, by `clear_caches` and after a fork. One that is pushed out by a thousand others
-    stays whole for those who hold it.
+    It is dropped, and its keys with it, by `clear_caches` and after a fork. Of more than a thousand, the one that was
+    asked for longest ago is closed: it drops its keys, and who still holds it makes it take new ones.
     """
     with _caches.lock:
+        pushed_out = []
         if entry not in _caches.shared:
             while len(_caches.shared) >= MAX_ENTRIES:
-                del _caches.shared[next(iter(_caches.shared))]
+                pushed_out.append(_caches.shared.popitem(last=False)[1])
             _caches.shared[entry] = make()
-        return cast("_Shared", _caches.shared[entry])
+        _caches.shared.move_to_end(entry)
+        found = _caches.shared[entry]
+    for holder in pushed_out:  # outside of the lock, as in `_Caches.close`
+        holder.close()
+    return cast("_Shared", found)
 
 
 def unwrap(

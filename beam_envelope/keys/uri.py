@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from beam_envelope.errors import FormatError
+from beam_envelope.keys.allowed import Allowed, AllowedKeys, AllowedLocalKeys, AllowedVaultKeys
 from beam_envelope.keys.aws import AwsKms
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import KeyProvider
+from beam_envelope.keys.template import KeyTemplate, fill, gaps
 from beam_envelope.keys.vault import Vault
 
 Key: TypeAlias = "str | KeyProvider"
@@ -19,12 +21,20 @@ _PROVIDERS: Final[dict[str, Callable[[str], KeyProvider]]] = {
     LocalKms.provider: LocalKms.from_uri,
     Vault.provider: Vault.from_uri,
 }
+_LISTS: Final[dict[str, Callable[[str], Allowed]]] = {
+    AwsKms.provider: AllowedKeys.from_uri,
+    LocalKms.provider: AllowedLocalKeys.from_uri,
+    Vault.provider: AllowedVaultKeys.from_uri,
+}
 
 
 def open_key(key: Key) -> KeyProvider:
     """Return the provider that a URI names, or a provider that is given, with the pipeline's options that concern it.
 
     No call is made to a KMS.
+
+    A URI with gaps (`aws-kms://alias/data-{tenant}`) gives a `KeyTemplate`, and one with `*` an allow-list:
+    `aws-kms://*?account=111122223333`, `hcvault://transit/keys/data-*`, `local-kms://keys/*.json`.
 
     Raises:
         FormatError: the URI's scheme or form is unknown.
@@ -43,19 +53,54 @@ def open_key(key: Key) -> KeyProvider:
         known = ", ".join(f"{name}://" for name in _PROVIDERS)
         msg = f"the key {key!r} does not start with a scheme that is known: {known} (for example aws-kms://alias/etl)"
         raise FormatError(msg)
+    if "{" in key or "}" in key:
+        template = KeyTemplate(key)
+        open_key(template.example)  # is it a key's URI?
+        return template
+    name = key.partition("?")[0]
+    if "*" in name:
+        if scheme == AwsKms.provider and not name.endswith("://*"):
+            msg = f"{key!r}: which keys may open data is aws-kms://*?account=ACCOUNT&alias=data-*; a key has no * in it"
+            raise FormatError(msg)
+        return _LISTS[scheme](key).with_options()
     return _PROVIDERS[scheme](key).with_options()
 
 
-def open_keys(keys: Key | Sequence[Key]) -> tuple[KeyProvider, ...]:
+def open_keys(keys: Key | Sequence[Key], *, templates: bool = False, lists: bool = True) -> tuple[KeyProvider, ...]:
     """Return the providers of one key or several, in order, each once.
+
+    Args:
+        keys: the keys.
+        templates: whether templates may be among them: the caller fills them.
+        lists: whether allow-lists may be among them: the caller reads.
 
     Raises:
         FormatError: as `open_key`.
-        ValueError: there is none.
+        ValueError: there is none, or one is of a kind that does not go here.
     """
     several = (keys,) if isinstance(keys, (str, KeyProvider)) else keys
     providers = tuple(dict.fromkeys(open_key(key) for key in several))
     if not providers:
         msg = "no key was given; pass key='aws-kms://alias/...' or --key"
         raise ValueError(msg)
+    for provider in providers:
+        if isinstance(provider, KeyTemplate) and not templates:
+            msg = (
+                f"the key {provider} is a template, and nothing fills it here. Name one key, or take a transform that "
+                "fills templates (docs/key-choice.md)"
+            )
+            raise ValueError(msg)
+        if isinstance(provider, Allowed) and not lists:
+            msg = f"{provider} says which keys may open data, and is no key to write with. Name the key to write with"
+            raise ValueError(msg)
     return providers
+
+
+def fill_key(key: KeyProvider, values: Mapping[str, str]) -> KeyProvider:
+    """Return the key that a template becomes with these values, which `checked_value` returned; any other as it is."""
+    return open_key(fill(key.uri, values)) if isinstance(key, KeyTemplate) else key
+
+
+def key_gaps(keys: Sequence[KeyProvider]) -> tuple[str, ...]:
+    """Return the names of the gaps of all templates among these keys, each once."""
+    return tuple(dict.fromkeys(name for key in keys if isinstance(key, KeyTemplate) for name in gaps(key.uri)))

@@ -47,8 +47,8 @@ class FakeKms:
 
     As strict as AWS: the encryption context must be the same pair for pair, the `KeyId` of Decrypt and the
     `SourceKeyId` of ReEncrypt must name the key that wrapped, and keys have states. It knows symmetric keys,
-    and GenerateDataKey, Encrypt, Decrypt, ReEncrypt and DescribeKey, with `DryRun` where AWS has it, and of STS
-    GetCallerIdentity. Safe to use from several threads.
+    and GenerateDataKey, Encrypt, Decrypt, ReEncrypt, DescribeKey and ListAliases (of one key), with `DryRun` where AWS
+    has it, and of STS GetCallerIdentity. Safe to use from several threads.
 
     Args:
         region: requests signed for another are refused, as are ARNs of another.
@@ -118,14 +118,23 @@ class FakeKms:
         with self._lock:
             return self._calls.copy()
 
-    def create_key(self, alias: str | None = None) -> str:
+    def create_key(self, alias: str | None = None, *, multi_region: bool = False) -> str:
         """Make a key and return its ARN; `alias` (with or without `alias/`) names it from now on."""
-        key = _Key(f"{self._arn_prefix}key/{uuid.uuid4()}", secrets.token_bytes(32))
+        key_id = f"mrk-{uuid.uuid4().hex}" if multi_region else uuid.uuid4()
+        key = _Key(f"{self._arn_prefix}key/{key_id}", secrets.token_bytes(32))
         with self._lock:
             self._keys[key.arn] = key
             if alias is not None:
                 self._aliases[f"{self._arn_prefix}alias/{alias.removeprefix('alias/')}"] = key.arn
         return key.arn
+
+    def replicate_key(self, key: str, to: FakeKms) -> str:
+        """Make a replica of a multi-Region key in a KMS of another region, and return its ARN."""
+        primary = self._find(key)
+        replica = _Key(to._arn_prefix + primary.arn.rpartition(":")[2], primary.secret)
+        with to._lock:
+            to._keys[replica.arn] = replica
+        return replica.arn
 
     def disable_key(self, key: str) -> None:
         """Disable a key: nothing can be done with it until `enable_key`."""
@@ -256,6 +265,16 @@ class FakeKms:
         due = {} if key.deleted_s is None else {"DeletionDate": key.deleted_s}
         return {"KeyMetadata": {**name, **kind, **due, "Enabled": key.state == "Enabled"}}
 
+    def _list_aliases(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if {("ListAliases", None, user) for user in (None, self._user)} & self._denied:
+            raise self._access_denied("ListAliases", "*")
+        key = self._find(request.get("KeyId"))
+        found = sorted(alias for alias, arn in self._aliases.items() if arn == key.arn)
+        first = int(request.get("Marker", 0))  # one on a page, so that clients have to turn pages
+        page = [{"AliasArn": arn, "AliasName": arn.rpartition(":")[2]} for arn in found[first : first + 1]]
+        more = {"NextMarker": str(first + 1)} if first + 1 < len(found) else {}
+        return {"Aliases": page, "Truncated": bool(more), **more}
+
     def _generate_data_key(self, request: Mapping[str, Any]) -> dict[str, Any]:
         key = self._usable(request.get("KeyId"), "GenerateDataKey")
         if ("NumberOfBytes" in request) == ("KeySpec" in request):
@@ -296,7 +315,9 @@ class FakeKms:
 
     def _source(self, blob: bytes, key_id: Any, permission: str) -> _Key:
         """Return the key that wrapped `blob`; if the caller names a key, it must be that one."""
-        wrapped_by = self._keys.get(blob[1:_HEADER_BYTES].rstrip(b"\x00").decode("ascii", "replace"))
+        wrapped_by = self._keys.get(name := blob[1:_HEADER_BYTES].rstrip(b"\x00").decode("ascii", "replace"))
+        if ":key/mrk-" in name:
+            wrapped_by = self._keys.get(self._arn_prefix + name.rpartition(":")[2])
         key = None if key_id is None else self._usable(key_id, permission)
         if wrapped_by is None:
             raise Refusal("InvalidCiphertextException")
@@ -313,9 +334,10 @@ _OPERATIONS: Final = {
     "DescribeKey": FakeKms._describe_key,  # noqa: SLF001
     "Encrypt": FakeKms._encrypt,  # noqa: SLF001
     "GenerateDataKey": FakeKms._generate_data_key,  # noqa: SLF001
+    "ListAliases": FakeKms._list_aliases,  # noqa: SLF001
     "ReEncrypt": FakeKms._re_encrypt,  # noqa: SLF001
 }
-_DRY_RUN: Final = _OPERATIONS.keys() - {"DescribeKey"}
+_DRY_RUN: Final = _OPERATIONS.keys() - {"DescribeKey", "ListAliases"}
 
 
 def _ignores_ciphertext(request: Mapping[str, Any]) -> bool:
