@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from beam_envelope.arguments import parse_context
+from beam_envelope.keys.choice import KeyChoice
 from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
 from beam_envelope.keys.defaults import environment, option
 from beam_envelope.keys.provider import KeyProvider
@@ -59,7 +60,7 @@ def settings_of(*, key: Any = None, context: Any = None, any_context: bool | Non
         FormatError: a key's URI is wrong.
     """
     if key is None:
-        key = option("key") or (environment("key") or "").split()
+        key = _key_that_is_set(missing)
     if any_context is None:
         any_context = bool(option("any_context") or environment("any_context"))
     if not key:
@@ -72,6 +73,16 @@ def chosen_keys(key: Key | Sequence[Key] | None) -> tuple[KeyProvider, ...]:
     return open_keys(key) if key is not None else settings_of(context={}, any_context=False, missing=_NO_KEY).keys
 
 
+def write_choice(key: Key | Sequence[Key] | None, context: Mapping[str, str] | None) -> KeyChoice:
+    """Return the keys and the context that a transform writes with, templates among them. Raises as `settings_of`."""
+    return KeyChoice.to_write(_key_that_is_set(_NO_KEY) if key is None else key, written_context(context))
+
+
+def read_choice(key: Key | Sequence[Key] | None, context: Mapping[str, str] | AnyContext | None) -> KeyChoice:
+    """Return the keys that a transform may read with, and the context that it expects. Raises as `settings_of`."""
+    return KeyChoice.to_read(_key_that_is_set(_NO_KEY) if key is None else key, expected_context(context))
+
+
 def written_context(context: Mapping[str, str] | None) -> dict[str, str]:
     """Return the context that a transform writes with: that given, or else the one that is set. Raises ValueError."""
     return _pairs(context)
@@ -82,6 +93,13 @@ def expected_context(context: Mapping[str, str] | AnyContext | None) -> dict[str
     if context is None and (option("any_context") or environment("any_context")):
         return ANY_CONTEXT
     return context if isinstance(context, AnyContext) else _pairs(context)
+
+
+def _key_that_is_set(missing: str) -> Any:
+    key = option("key") or (environment("key") or "").split()
+    if not key:
+        raise ValueError(missing)
+    return key
 
 
 def _pairs(context: Any) -> dict[str, str]:

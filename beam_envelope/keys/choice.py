@@ -111,6 +111,11 @@ class ElementFields:
         self.names = tuple(names)
         self._key_fields, self._record_id = key_fields, record_id
 
+    @property
+    def by_function(self) -> bool:
+        """Whether `key_fields` was given."""
+        return self._key_fields is not None
+
     def __call__(self, element: Any) -> Values:
         """Return the values of an element.
 

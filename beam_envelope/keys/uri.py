@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
@@ -21,6 +22,7 @@ _PROVIDERS: Final[dict[str, Callable[[str], KeyProvider]]] = {
     LocalKms.provider: LocalKms.from_uri,
     Vault.provider: Vault.from_uri,
 }
+_ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")  # AWS KMS API Reference, CreateAlias
 _LISTS: Final[dict[str, Callable[[str], Allowed]]] = {
     AwsKms.provider: AllowedKeys.from_uri,
     LocalKms.provider: AllowedLocalKeys.from_uri,
@@ -97,8 +99,23 @@ def open_keys(keys: Key | Sequence[Key], *, templates: bool = False, lists: bool
 
 
 def fill_key(key: KeyProvider, values: Mapping[str, str]) -> KeyProvider:
-    """Return the key that a template becomes with these values, which `checked_value` returned; any other as it is."""
-    return open_key(fill(key.uri, values)) if isinstance(key, KeyTemplate) else key
+    """Return the key that a template becomes with these values, which `checked_value` returned; any other as it is.
+
+    Raises:
+        FormatError: no key can have such a name; the message does not hold the values.
+    """
+    if not isinstance(key, KeyTemplate):
+        return key
+    try:
+        filled = open_key(fill(key.uri, values))
+    except FormatError:
+        filled = None
+    if filled is None or (isinstance(filled, AwsKms) and not _ALIAS.fullmatch(filled.key_id.rpartition(":")[2])):
+        what = ", ".join(repr(name) for name in gaps(key.uri))
+        raise FormatError(
+            f"with this value of {what}, {key} is no name that a key can have: it has a dot, or is too long"
+        )
+    return filled
 
 
 def key_gaps(keys: Sequence[KeyProvider]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
 from beam_envelope.formats.table import Counts, FailedCell, Layout, decrypt_columns, encrypt_columns
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import Opened, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
 from beam_envelope.transforms.elements import (
@@ -35,6 +36,7 @@ from beam_envelope.transforms.elements import (
     read_keys,
     write_keys,
 )
+from beam_envelope.transforms.row_groups import in_groups
 from beam_envelope.transforms.runner_limits import refuse_on_dask
 
 _TABLES: Final = typehints.Union[pa.Table, pa.RecordBatch]
@@ -48,10 +50,11 @@ class EncryptColumns(ElementTransform):
 
     Args:
         columns: their names; `address.street` is a child of a struct.
-        key: the KMS key, as URI or provider, or several: any one of them opens the cells.
+        key: the KMS key, as URI or provider, or several: any one of them opens the cells. Or templates, which a column
+            fills row by row (`aws-kms://alias/data-{tenant}`; docs/key-choice.md).
         keys: the key store: the folder, on any Beam filesystem, that gets a small key file for each data key. Readers
             need it.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
         deterministic: those of `columns` whose equal values become equal cells, so that they can be joined and grouped;
             or a mapping from them to the name of a scope, within which that is so across columns and datasets. Whoever
             sees such cells learns which are equal, and how often each occurs.
@@ -94,6 +97,7 @@ class EncryptColumns(ElementTransform):
                 "nonces would give the key away"
             )
         self._work = _Encryption(write_keys(key, keys, context, policy, dataset_key, cipher), names, scopes, layout)
+        _refuse_key_columns(names, self._work.keys.names)
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the encrypted tables or rows."""
@@ -120,7 +124,7 @@ class DecryptColumns(ElementTransform):
     Args:
         columns: their names; or a mapping from name to `pyarrow` type. Tables need no types: they are in the cells.
             Rows do, since Beam wants to know the type of rows before there are any.
-        key: the KMS key, as URI or provider, or several, any of which may open a cell.
+        key: the KMS key, as URI or provider, or several, any of which may open a cell; `AllowedKeys`; or templates.
         keys: the key store that the writer had.
         context: the encryption context that the columns were written with, or `ANY_CONTEXT`.
         deterministic: the mapping from columns to scopes that they were written with, if one was.
@@ -151,6 +155,7 @@ class DecryptColumns(ElementTransform):
                     f"the type of column {name!r} is one of pyarrow's, such as pyarrow.string(), not {kind!r}"
                 )
         self._work = _Decryption(read_keys(key, keys, context), names, types, _checked_scopes(deterministic, names))
+        _refuse_key_columns(names, self._work.keys.names)
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the decrypted tables or rows."""
@@ -172,6 +177,12 @@ def _checked_columns(columns: Iterable[str]) -> tuple[str, ...]:
                 f"the column {others[1]!r} is named twice in columns={list(names)}, or with what it is part of"
             )
     return names
+
+
+def _refuse_key_columns(columns: tuple[str, ...], names: Iterable[str]) -> None:
+    for name in names:
+        if any(column == name or column.startswith(f"{name}.") for column in columns):
+            raise ValueError(f"the column {name!r} fills the template of the key or context, so it cannot be encrypted")
 
 
 def _checked_scopes(deterministic: Iterable[str] | Mapping[str, str], columns: tuple[str, ...]) -> dict[str, str]:
@@ -198,11 +209,23 @@ def _display(keys: WriteKeys | ReadKeys) -> dict[str, Any]:
 
 @dataclass
 class _Bundle:
-    """What a bundle holds, and what it did."""
+    """What a bundle holds, and what it did.
+
+    Attributes:
+        chosen: what opens the keys of values that fill templates; without templates, of none.
+        counts: what was done.
+    """
+
+    chosen: Opened[_Opening]
+    counts: Counts = field(default_factory=Counts)
+
+
+@dataclass
+class _Opening:
+    """What one choice of keys needs."""
 
     crypt: RecordEncryptor | RecordDecryptor
     equal: DeterministicEncryptor | None = None
-    counts: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True)
@@ -215,17 +238,28 @@ class _Encryption:
     layout: Layout
 
     def open(self) -> _Bundle:
-        return _Bundle(self.keys.encryptor(), self.keys.deterministic() if self.scopes else None)
+        release: Any = self.keys.release
+        return _Bundle(Opened(self._opened, lambda opening: release(opening.crypt)))
+
+    def _opened(self, values: Values) -> _Opening:
+        keys = self.keys.filled(values)
+        return _Opening(keys.encryptor(), keys.deterministic() if self.scopes else None)
 
     def run(self, table: Any, bundle: _Bundle | None = None) -> Any:
         """Encrypt; without a bundle an empty table, for its schema."""
-        crypt: Any = None if bundle is None else bundle.crypt
+        if bundle is not None and self.keys.names and table.num_rows:
+            return in_groups(table, self.keys.names, lambda part, values: self._run(part, bundle, values))
+        return self._run(table, bundle, ())
+
+    def _run(self, table: Any, bundle: _Bundle | None, values: Values) -> Any:
+        opening = None if bundle is None or not table.num_rows else bundle.chosen(values)
+        crypt: Any = None if opening is None else opening.crypt
         return encrypt_columns(
             table,
             self.columns,
             crypt,
             deterministic=self.scopes,
-            dataset_key=None if bundle is None else bundle.equal,
+            dataset_key=None if opening is None else opening.equal,
             layout=self.layout,
             policy=self.keys.policy,
             counts=None if bundle is None else bundle.counts,
@@ -242,7 +276,7 @@ class _Decryption:
     scopes: dict[str, str]
 
     def open(self) -> _Bundle:
-        return _Bundle(self.keys.decryptor())
+        return _Bundle(Opened(lambda values: _Opening(self.keys.filled(values).decryptor()), lambda _: None))
 
     def run(self, table: Any, bundle: _Bundle | None = None, failures: list[FailedCell] | None = None) -> Any:
         """Decrypt; without a bundle an empty table, for its schema."""
@@ -251,7 +285,12 @@ class _Decryption:
                 f"Beam wants to know the type of rows before there are any: give columns={{{unknown[0]!r}: "
                 "pyarrow.string()}, or whatever it was, instead of the name alone"
             )
-        crypt: Any = None if bundle is None else bundle.crypt
+        if bundle is not None and self.keys.names and table.num_rows:
+            return in_groups(table, self.keys.names, lambda part, values: self._run(part, bundle, failures, values))
+        return self._run(table, bundle, failures, ())
+
+    def _run(self, table: Any, bundle: _Bundle | None, failures: list[FailedCell] | None, values: Values) -> Any:
+        crypt: Any = None if bundle is None or not table.num_rows else bundle.chosen(values).crypt
         return decrypt_columns(
             table,
             self.types or self.columns,
@@ -270,7 +309,7 @@ class _EncryptDoFn(KeyUsingDoFn[_Bundle]):
         return self._work.open()
 
     def close(self, bundle: _Bundle) -> Mapping[str, int]:
-        self._work.keys.release(bundle.crypt)  # type: ignore[arg-type]  # an encryptor
+        bundle.chosen.close()
         return bundle.counts.of
 
     def process(self, table: Any) -> Iterator[Any]:

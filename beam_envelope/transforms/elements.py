@@ -6,6 +6,7 @@ Used by records.py, fields.py and columns.py; what an element looks like is thei
 from __future__ import annotations
 
 import abc
+import hashlib
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,11 @@ from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
 from beam_envelope.io.keystore import open_key_store
 from beam_envelope.keys import cache
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import KeyChoice, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key
-from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.settings import read_choice, write_choice
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.row_types import register_rows
 from beam_envelope.transforms.runner_limits import check_on_dask
@@ -71,9 +73,9 @@ class WriteKeys:
     """Which keys an encrypting transform uses; configuration only, so it travels.
 
     Attributes:
-        keys: the KMS keys.
+        keys: the KMS keys, templates among them.
         store: the key store.
-        context: the encryption context, as pairs.
+        context: the encryption context, as pairs, whose values may have gaps.
         policy: when to take a new data key; None until the input is known: "bundle" for bounded input, else "worker".
         dataset_key: the name of the key for deterministic encryption.
         cipher: of the randomised envelopes.
@@ -91,6 +93,20 @@ class WriteKeys:
         if self.policy is not None:
             return self
         return replace(self, policy=DataKeyPolicy("bundle" if elements.is_bounded else "worker"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps that elements fill, if there are templates."""
+        return KeyChoice(self.keys, self.context).names
+
+    def filled(self, values: Values) -> WriteKeys:
+        """Return the same without gaps; each choice has a dataset key of its own. Raises as `KeyChoice.filled`."""
+        if not values:
+            return self
+        choice = KeyChoice(self.keys, self.context).filled(values)
+        context: Any = choice.context  # a writer's is never ANY_CONTEXT
+        name = _chosen_name(self.dataset_key, dict(zip(self.names, values, strict=True)))
+        return replace(self, keys=choice.keys, context=context, dataset_key=name)
 
     def encryptor(self) -> RecordEncryptor:
         """Return the encryptor of a bundle: its own, or the process's."""
@@ -123,6 +139,16 @@ class ReadKeys:
     store: KeyStore
     context: tuple[tuple[str, str], ...] | AnyContext
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps that elements fill, if there are templates."""
+        return KeyChoice(self.keys, self.context).names
+
+    def filled(self, values: Values) -> ReadKeys:
+        """Return the same without gaps. Raises as `KeyChoice.filled`."""
+        choice = KeyChoice(self.keys, self.context).filled(values)
+        return replace(self, keys=choice.keys, context=choice.context)
+
     def decryptor(self) -> RecordDecryptor:
         """Return the process's decryptor."""
         context = self.context if isinstance(self.context, AnyContext) else dict(self.context)
@@ -142,8 +168,11 @@ def write_keys(
     Raises:
         ValueError, TypeError, FormatError: one is not of the right form.
     """
-    pairs = tuple(written_context(context).items())
-    return WriteKeys(chosen_keys(key), open_key_store(keys), pairs, policy, checked_key_name(dataset_key), cipher)
+    choice = write_choice(key, context)
+    pairs: Any = choice.context  # a writer's is never ANY_CONTEXT
+    if choice.names:
+        checked_key_name(_chosen_name(dataset_key, {}))
+    return WriteKeys(choice.keys, open_key_store(keys), pairs, policy, checked_key_name(dataset_key), cipher)
 
 
 def read_keys(
@@ -152,9 +181,14 @@ def read_keys(
     context: Mapping[str, str] | AnyContext | None,
 ) -> ReadKeys:
     """Check the arguments that all decrypting transforms have. Raises as `write_keys`."""
-    expected = expected_context(context)
-    pairs = expected if isinstance(expected, AnyContext) else tuple(expected.items())
-    return ReadKeys(chosen_keys(key), open_key_store(keys), pairs)
+    choice = read_choice(key, context)
+    return ReadKeys(choice.keys, open_key_store(keys), choice.context)
+
+
+def _chosen_name(dataset_key: str, values: Mapping[str, str]) -> str:
+    """Return the name of the dataset key of a choice: the same in every job, and none that says the values."""
+    text = "/".join(f"{name}={values[name]}" for name in sorted(values))  # no value has a slash
+    return f"{dataset_key}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 class KeyUsingDoFn(beam.DoFn, Generic[Bundle]):

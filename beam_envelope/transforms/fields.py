@@ -7,13 +7,13 @@ import binascii
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, Optional, TypeAlias, get_args
+from typing import Any, Final, Literal, Optional, TypeAlias, cast, get_args
 
 import apache_beam as beam
 from apache_beam import typehints
 from apache_beam.utils.timestamp import Duration, Timestamp
 
-from beam_envelope.errors import EnvelopeError, NotEncryptedError
+from beam_envelope.errors import EnvelopeError, FormatError, NotEncryptedError
 from beam_envelope.formats.arrow_scalar import INT64
 from beam_envelope.formats.dataset_key import DATASET_KEY
 from beam_envelope.formats.keystore import KeyStore
@@ -21,6 +21,7 @@ from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor, cell_
 from beam_envelope.formats.record_key import DETERMINISTIC_SUITE, PREFIX_BYTES
 from beam_envelope.formats.value import decode_value, encode_value, register_type
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import ElementFields, KeyFields, Opened
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
 from beam_envelope.transforms.elements import (
@@ -57,6 +58,7 @@ from beam_envelope.transforms.schemas import (
 
 Encoding: TypeAlias = Literal["binary", "base64"]
 
+_NO_FIELDS: Final = ElementFields(())
 _BASE64_OF_PREFIX: Final = 4 * -(-PREFIX_BYTES // 3)  # characters that hold it
 
 
@@ -77,9 +79,10 @@ class EncryptFields(ElementTransform):
 
     Args:
         fields: the paths of the fields: "email", "address.street", "items[*].card", "tags[*]"; docs/fields.md.
-        key: the KMS key, as URI or provider, or several: any one of them opens the fields.
+        key: the KMS key, as URI or provider, or several: any one of them opens the fields. Or templates, which each
+            element fills (`aws-kms://alias/data-{tenant}`; docs/key-choice.md).
         keys: the key store: the folder that the key files go to.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
         deterministic: those of `fields` whose equal values become equal ciphertexts, so that they can be joined and
             grouped; or a mapping from them to the name of a scope, within which that is so across fields and datasets.
         dataset_key: the name of the key for these.
@@ -87,6 +90,7 @@ class EncryptFields(ElementTransform):
         missing: what to do when a dict lacks a field: "error", or "skip" it.
         policy: when to take a new data key.
         record_id: a function that returns what dead letters call an element, and nothing secret; else they get a UUID.
+        key_fields: a function of the element that returns a dict of what fills the templates. Default: its fields.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form; while the pipeline is built,
@@ -97,7 +101,7 @@ class EncryptFields(ElementTransform):
         >>> people | EncryptFields(["email"], key="aws-kms://alias/etl", keys="s3://bucket/keys/")
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # plain keyword arguments
         self,
         fields: Sequence[str],
         *,
@@ -110,6 +114,7 @@ class EncryptFields(ElementTransform):
         missing: Missing = "error",
         policy: DataKeyPolicy | None = None,
         record_id: Callable[[Any], str] | None = None,
+        key_fields: KeyFields = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
@@ -120,6 +125,7 @@ class EncryptFields(ElementTransform):
         self._keys = write_keys(key, keys, context, policy, dataset_key)
         self._encoding: Encoding = encoding
         self._record_id = record_id
+        self._fields = _key_fields(self._plan, self._keys.names, key_fields, record_id)
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the PCollection of elements with encrypted fields."""
@@ -130,7 +136,7 @@ class EncryptFields(ElementTransform):
                 raise ValueError(msg)
         cell = _nullable(bytes if self._encoding == "binary" else str)
         produced = output_type(kind, tree_of(self._plan.paths), lambda _: cell)
-        dofn = _EncryptDoFn(self._plan, self._keys.for_input(elements), self._encoding, self._record_id)
+        dofn = _EncryptDoFn(self._plan, self._keys.for_input(elements), self._encoding, self._record_id, self._fields)
         return self.apply("Encrypt", dofn, elements, produced)
 
     def display_data(self) -> dict[str, Any]:
@@ -145,13 +151,14 @@ class DecryptFields(ElementTransform):
     Args:
         fields: the paths, or a mapping from them to the types of their values, which go into the output's schema:
             Python types, or "string", "integer", "number", "boolean", "bytes". Without types, it has Any there.
-        key: the KMS key, as URI or provider, or several, any of which may open a field.
+        key: the KMS key, as URI or provider, or several, any of which may open a field; `AllowedKeys`; or templates.
         keys: the key store.
         context: the encryption context that the fields were written with, or `ANY_CONTEXT`.
         deterministic: the mapping from fields to scopes that they were written with, if one was.
         element_type: a NamedTuple or dataclass to make of each element, in place of a dict or `beam.Row`.
         missing: what to do when a dict lacks a field: "error", or "skip" it.
         record_id: a function that returns what dead letters call an element; else they get a UUID.
+        key_fields: a function of the element that returns a dict of what fills the templates. Default: its fields.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form, or the schema lacks a field. While it
@@ -172,6 +179,7 @@ class DecryptFields(ElementTransform):
         element_type: type | None = None,
         missing: Missing = "error",
         record_id: Callable[[Any], str] | None = None,
+        key_fields: KeyFields = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
@@ -181,6 +189,7 @@ class DecryptFields(ElementTransform):
         self._keys = read_keys(key, keys, context)
         self._element_type = element_type
         self._record_id = record_id
+        self._fields = _key_fields(self._plan, self._keys.names, key_fields, record_id)
         if element_type is not None:
             check_fields(element_type, Any)
 
@@ -191,7 +200,7 @@ class DecryptFields(ElementTransform):
         if self._element_type is not None:
             check_fields(self._element_type, kind)
             produced = self._element_type
-        dofn = _DecryptDoFn(self._plan, self._keys, self._element_type, self._record_id)
+        dofn = _DecryptDoFn(self._plan, self._keys, self._element_type, self._record_id, self._fields)
         return self.apply("Decrypt", dofn, elements, produced)
 
     def display_data(self) -> dict[str, Any]:
@@ -199,6 +208,18 @@ class DecryptFields(ElementTransform):
         context = self._keys.context
         names = "any" if isinstance(context, AnyContext) else ", ".join(name for name, _ in context)
         return {**_shown(self._plan, self._keys), "context": names}
+
+
+def _key_fields(
+    plan: FieldsPlan, names: Sequence[str], key_fields: KeyFields, record_id: Callable[[Any], str] | None
+) -> ElementFields:
+    """Return what takes from elements what fills templates. Raises ValueError: it is encrypted itself."""
+    both = {path.steps[0] for path in plan.paths}.intersection(names)
+    if both and key_fields is None:
+        name = min(both, key=str)
+        msg = f"the field {name!r} fills the template of the key or context, so it cannot be encrypted itself"
+        raise ValueError(msg)
+    return ElementFields(names, key_fields, record_id)
 
 
 def _type(path: str, kind: Any) -> Any:
@@ -228,14 +249,20 @@ def _shown(plan: FieldsPlan, keys: WriteKeys | ReadKeys) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the work
 
 
+Opening: TypeAlias = "tuple[Change, RecordEncryptor | None]"
+
+
 class _Bundle:
     """What a bundle needs and did."""
 
-    __slots__ = ("bytes_ciphertext", "bytes_plaintext", "cells", "change", "encryptor", "failed", "records")
-    change: Change
+    __slots__ = ("bytes_ciphertext", "bytes_plaintext", "cells", "change", "chosen", "failed", "records")
 
-    def __init__(self, encryptor: RecordEncryptor | None = None) -> None:
-        self.encryptor = encryptor
+    def __init__(
+        self, opened: Callable[[_Bundle, Any], Opening], keys: Any, release: Callable[[Opening], None]
+    ) -> None:
+        """Open what the keys are for; of templates, what each choice of keys needs when an element is of it."""
+        self.chosen: Opened[Opening] = Opened(lambda values: opened(self, keys.filled(values)), release)
+        self.change = None if keys.names else self.chosen(())[0]
         self.records = self.failed = self.cells = self.bytes_plaintext = self.bytes_ciphertext = 0
 
     def counts(self, done: str) -> dict[str, int]:
@@ -249,13 +276,14 @@ class _Bundle:
 class _FieldsDoFn(KeyUsingDoFn[_Bundle]):
     """Changes one element after another."""
 
-    def __init__(self, plan: FieldsPlan, record_id: Callable[[Any], str] | None) -> None:
-        self._plan, self._record_id = plan, record_id
+    def __init__(self, plan: FieldsPlan, record_id: Callable[[Any], str] | None, fields: ElementFields) -> None:
+        self._plan, self._record_id, self._fields = plan, record_id, fields
 
     def process(self, element: Any) -> list[Any]:
         bundle = self.bundle
         try:
-            changed = bundle.change(element)
+            change = bundle.change or self._chosen(element)
+            changed = change(element)
         except FieldError as error:
             failure = error
         else:
@@ -267,30 +295,42 @@ class _FieldsDoFn(KeyUsingDoFn[_Bundle]):
         name = "" if self._record_id is None else str(self._record_id(element))
         return [failed_record(failure.error, record_id=name, field=failure.path, ciphertext=failure.cell)]
 
+    def _chosen(self, element: Any) -> Change:
+        """Return what changes an element under the keys that it chooses. Raises FieldError."""
+        try:
+            return self.bundle.chosen(self._fields(element))[0]
+        except FormatError as error:
+            raise FieldError("", error) from None
+
 
 class _EncryptDoFn(_FieldsDoFn):
     def __init__(
-        self, plan: FieldsPlan, keys: WriteKeys, encoding: Encoding, record_id: Callable[[Any], str] | None
+        self,
+        plan: FieldsPlan,
+        keys: WriteKeys,
+        encoding: Encoding,
+        record_id: Callable[[Any], str] | None,
+        fields: ElementFields = _NO_FIELDS,
     ) -> None:
-        super().__init__(plan, record_id)
+        super().__init__(plan, record_id, fields)
         self._keys, self._encoding = keys, encoding
 
     def open(self) -> _Bundle:
-        bundle = _Bundle(self._keys.encryptor())
-        bundle.change = self._plan.compiled(lambda path: self._encrypt(path, bundle))
-        return bundle
+        return _Bundle(self._opened, self._keys, lambda opening: self._keys.release(cast("Any", opening[1])))
 
     def close(self, bundle: _Bundle) -> Mapping[str, int]:
-        if bundle.encryptor is not None:
-            self._keys.release(bundle.encryptor)
+        bundle.chosen.close()
         return bundle.counts("encrypted")
 
-    def _encrypt(self, path: Path, bundle: _Bundle) -> Change:
+    def _opened(self, bundle: _Bundle, keys: WriteKeys) -> Opening:
+        encryptor = keys.encryptor()
+        return self._plan.compiled(lambda path: self._encrypt(path, bundle, keys, encryptor)), encryptor
+
+    def _encrypt(self, path: Path, bundle: _Bundle, keys: WriteKeys, encryptor: Any) -> Change:
         as_text = self._encoding == "base64"
-        encryptor: Any = bundle.encryptor
         place = cell_place(str(path))
         if str(path) in self._plan.scopes:
-            encryptor, place = self._keys.deterministic(), cell_place(self._plan.scope_of(path))
+            encryptor, place = keys.deterministic(), cell_place(self._plan.scope_of(path))
         encrypt = encryptor.encrypt
 
         def apply(value: Any) -> bytes | str | None:
@@ -317,17 +357,24 @@ class _EncryptDoFn(_FieldsDoFn):
 
 class _DecryptDoFn(_FieldsDoFn):
     def __init__(
-        self, plan: FieldsPlan, keys: ReadKeys, element_type: type | None, record_id: Callable[[Any], str] | None
+        self,
+        plan: FieldsPlan,
+        keys: ReadKeys,
+        element_type: type | None,
+        record_id: Callable[[Any], str] | None,
+        fields: ElementFields = _NO_FIELDS,
     ) -> None:
-        super().__init__(plan, record_id)
+        super().__init__(plan, record_id, fields)
         self._keys, self._element_type = keys, element_type
 
     def open(self) -> _Bundle:
-        bundle, decryptor = _Bundle(), self._keys.decryptor()
+        return _Bundle(self._opened, self._keys, lambda _: None)  # decryptors are the process's
+
+    def _opened(self, bundle: _Bundle, keys: ReadKeys) -> Opening:
+        decryptor = keys.decryptor()
         change = self._plan.compiled(lambda path: self._decrypt(path, decryptor, bundle))
         make = None if self._element_type is None else maker(self._element_type)
-        bundle.change = change if make is None else lambda element: make(change(element))
-        return bundle
+        return change if make is None else lambda element: make(change(element)), None
 
     def close(self, bundle: _Bundle) -> Mapping[str, int]:
         return bundle.counts("decrypted")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from beam_envelope.formats.esdk import CommitmentPolicy, MessageDecryptor, MessageEncryptor
 from beam_envelope.keys import cache
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.choice import KeyChoice, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
 
@@ -19,6 +21,17 @@ class MessageWriteKeys:
     keys: tuple[KeyProvider, ...]
     context: tuple[tuple[str, str], ...]
     policy: DataKeyPolicy | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps that elements fill, if there are templates."""
+        return KeyChoice(self.keys, self.context).names
+
+    def filled(self, values: Values) -> MessageWriteKeys:
+        """Return the same without gaps. Raises as `KeyChoice.filled`."""
+        choice = KeyChoice(self.keys, self.context).filled(values)
+        context: Any = choice.context  # a writer's is never ANY_CONTEXT
+        return replace(self, keys=choice.keys, context=context)
 
     def encryptor(self) -> BundleMessages:
         """Return the encryptor of a bundle."""
@@ -38,6 +51,16 @@ class MessageReadKeys:
     keys: tuple[KeyProvider, ...]
     context: tuple[tuple[str, str], ...] | AnyContext
     commitment_policy: CommitmentPolicy
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps that elements fill, if there are templates."""
+        return KeyChoice(self.keys, self.context).names
+
+    def filled(self, values: Values) -> MessageReadKeys:
+        """Return the same without gaps. Raises as `KeyChoice.filled`."""
+        choice = KeyChoice(self.keys, self.context).filled(values)
+        return replace(self, keys=choice.keys, context=choice.context)
 
     def decryptor(self) -> MessageDecryptor:
         """Return the process's decryptor."""

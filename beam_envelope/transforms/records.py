@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import apache_beam as beam
 from apache_beam import coders, typehints
@@ -16,9 +16,10 @@ from beam_envelope.formats.dataset_key import DATASET_KEY
 from beam_envelope.formats.esdk import CommitmentPolicy
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import ElementFields, KeyFields, Opened
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
-from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.settings import read_choice, write_choice
 from beam_envelope.transforms.coding import (
     Aad,
     CoderLike,
@@ -44,22 +45,26 @@ from beam_envelope.transforms.messages import MessageReadKeys, MessageWriteKeys
 
 RecordFormat: TypeAlias = Literal["compact", "aws-encryption-sdk"]
 Place: TypeAlias = "bytes | Callable[[Any], bytes | str]"
+Crypt: TypeAlias = "Callable[[bytes, bytes], bytes]"
+Opening: TypeAlias = "tuple[Crypt, Callable[[], None] | None]"
 _MESSAGES: Final = "aws-encryption-sdk"
 _FORMATS: Final = ("compact", _MESSAGES)
+_NO_FIELDS: Final = ElementFields(())
 
 
 class _Work:
     """What a bundle needs, and what it did."""
 
-    __slots__ = ("ciphertext", "close", "coding", "crypt", "failed", "plaintext", "records")
+    __slots__ = ("chosen", "ciphertext", "close", "coding", "crypt", "failed", "plaintext", "records")
 
     def __init__(
         self,
-        crypt: Callable[[bytes, bytes], bytes],
+        crypt: Crypt | None,
         coding: Callable[[Any], Any] | None,
         close: Callable[[], None] | None = None,
+        chosen: Callable[[Any], Crypt] | None = None,
     ) -> None:
-        self.crypt, self.coding, self.close = crypt, coding, close
+        self.crypt, self.coding, self.close, self.chosen = crypt, coding, close, chosen
         self.records = self.failed = self.plaintext = self.ciphertext = 0
 
     def counts(self, done: str) -> dict[str, int]:
@@ -95,22 +100,41 @@ class _Form:
         return typehints.Tuple[key_type, record]
 
 
+def _work(
+    fields: ElementFields, opened: Callable[[Any], Opening], keys: Any, coding: Callable[[Any], Any] | None
+) -> _Work:
+    """Return the work of a bundle; of templates, what each choice of keys needs is opened when an element is of it."""
+    if not fields.names:
+        crypt, close = opened(keys)
+        return _Work(crypt, coding, close)
+    chosen: Opened[Opening] = Opened(lambda values: opened(keys.filled(values)), lambda each: each[1] and each[1]())
+    return _Work(None, coding, chosen.close, lambda element: chosen(fields(element))[0])
+
+
 class _EncryptDoFn(KeyUsingDoFn[_Work]):
     def __init__(
-        self, keys: WriteKeys | MessageWriteKeys, form: _Form, record_id: Callable[[Any], Any] | None, *, siv: bool
+        self,
+        keys: WriteKeys | MessageWriteKeys,
+        form: _Form,
+        record_id: Callable[[Any], Any] | None,
+        *,
+        siv: bool,
+        fields: ElementFields = _NO_FIELDS,
     ) -> None:
-        self._keys, self._record_id, self._siv = keys, record_id, siv
+        self._keys, self._fields, self._record_id, self._siv = keys, fields, record_id, siv
         self._coder, self._place, self._keyed = form.coder, form.place, form.keyed
 
     def open(self) -> _Work:
-        coding = None if self._coder is None else self._coder.encode
-        if isinstance(self._keys, MessageWriteKeys):
-            messages = self._keys.encryptor()
-            return _Work(messages.encrypt, coding, messages.close)
+        return _work(self._fields, self._opened, self._keys, None if self._coder is None else self._coder.encode)
+
+    def _opened(self, keys: WriteKeys | MessageWriteKeys) -> Opening:
+        if isinstance(keys, MessageWriteKeys):
+            messages = keys.encryptor()
+            return messages.encrypt, messages.close
         if self._siv:
-            return _Work(self._keys.deterministic().encrypt, coding)
-        keys, encryptor = self._keys, self._keys.encryptor()
-        return _Work(encryptor.encrypt, coding, lambda: keys.release(encryptor))
+            return keys.deterministic().encrypt, None
+        encryptor = keys.encryptor()
+        return encryptor.encrypt, lambda: keys.release(encryptor)
 
     def close(self, bundle: _Work) -> Mapping[str, int]:
         if bundle.close is not None:
@@ -126,11 +150,12 @@ class _EncryptDoFn(KeyUsingDoFn[_Work]):
                 message_key, record = split_pair(element)
                 if not isinstance(place, bytes):
                     place = place_of(message_key, place)
+            crypt = work.crypt if work.chosen is None else work.chosen(element if self._fields.by_function else record)
             plaintext = record if work.coding is None and type(record) is bytes else encode(record, work.coding)
         except FormatError as error:
             return self._fail(element, error)
         try:  # apart from the above: a FormatError from here is about keys, not about this element
-            envelope = work.crypt(plaintext, place)  # type: ignore[arg-type]  # bytes by now
+            envelope = crypt(plaintext, place)  # type: ignore[arg-type, misc]  # bytes by now, and there is one
         except AlreadyEncryptedError as error:
             return self._fail(element, error)
         work.records += 1
@@ -152,16 +177,19 @@ class _EncryptDoFn(KeyUsingDoFn[_Work]):
 
 
 class _DecryptDoFn(KeyUsingDoFn[_Work]):
-    def __init__(self, keys: ReadKeys | MessageReadKeys, form: _Form) -> None:
-        self._keys = keys
+    def __init__(self, keys: ReadKeys | MessageReadKeys, form: _Form, fields: ElementFields = _NO_FIELDS) -> None:
+        self._keys, self._fields = keys, fields
         self._coder, self._place, self._keyed = form.coder, form.place, form.keyed
 
     def open(self) -> _Work:
-        coding = None if self._coder is None else self._coder.decode
-        if isinstance(self._keys, MessageReadKeys):
-            messages = self._keys.decryptor()
-            return _Work(lambda message, _place: messages.decrypt(message, "this record"), coding)
-        return _Work(self._keys.decryptor().decrypt, coding)
+        return _work(self._fields, self._opened, self._keys, None if self._coder is None else self._coder.decode)
+
+    @staticmethod
+    def _opened(keys: ReadKeys | MessageReadKeys) -> Opening:
+        if isinstance(keys, MessageReadKeys):
+            messages = keys.decryptor()
+            return lambda message, _place: messages.decrypt(message, "this record"), None
+        return keys.decryptor().decrypt, None
 
     def close(self, bundle: _Work) -> Mapping[str, int]:
         return bundle.counts("records_decrypted")
@@ -177,7 +205,8 @@ class _DecryptDoFn(KeyUsingDoFn[_Work]):
                     place = place_of(message_key, place)
             if type(envelope) is not bytes:
                 raise NotEncryptedError(f"envelopes are bytes; this element is a {type(envelope).__name__}")
-            plaintext = work.crypt(envelope, place)  # type: ignore[arg-type]  # bytes by now
+            crypt = work.crypt if work.chosen is None else work.chosen(element)
+            plaintext = crypt(envelope, place)  # type: ignore[arg-type, misc]  # bytes by now, and there is one
             record = plaintext if work.coding is None else decode(plaintext, work.coding)
         except DEAD_LETTERS as error:
             if not self.catch:
@@ -198,10 +227,11 @@ class EncryptRecords(ElementTransform):
     Input: bytes or str, or whatever `coder` encodes. Output: bytes; with `keyed`, pairs of message key and bytes.
 
     Args:
-        key: the KMS key, as URI or provider, or several: any one of them opens the records.
+        key: the KMS key, as URI or provider, or several: any one of them opens the records. Or templates, which each
+            record fills (`aws-kms://alias/data-{tenant}`; docs/key-choice.md).
         keys: the key store: the folder, on any Beam filesystem, that gets a small key file for each data key. Readers
             need it. `format="aws-encryption-sdk"` has none.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
         coder: how elements become bytes: a Beam coder, the elements' type, or its name ("str", "int", ...). Without
             one, bytes are taken as they are and a str as UTF-8, which comes back as bytes.
         aad: what binds a record to its place, not secret: a constant, or with `keyed` a function of the message key. A
@@ -214,6 +244,8 @@ class EncryptRecords(ElementTransform):
             learns which are equal, and how often each occurs.
         dataset_key: with `deterministic`: the name of that key in the key store.
         record_id: names an element that fails in its `FailedRecord`; a function that returns nothing secret.
+        key_fields: a function of the element that returns a dict of what fills the templates. Default: the fields of
+            the record, which is a dict, named tuple, row or dataclass then.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form, or two do not go together. While it
@@ -237,6 +269,7 @@ class EncryptRecords(ElementTransform):
         deterministic: bool = False,
         dataset_key: str = DATASET_KEY,
         record_id: Callable[[Any], Any] | None = None,
+        key_fields: KeyFields = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
@@ -247,14 +280,17 @@ class EncryptRecords(ElementTransform):
         self._form = _Form(checked_coder(coder, deterministic=deterministic), checked_aad(aad, keyed=keyed), keyed)
         self._keys: WriteKeys | MessageWriteKeys
         if keys is None:
-            self._keys = MessageWriteKeys(chosen_keys(key), tuple(written_context(context).items()), policy)
+            choice = write_choice(key, context)
+            self._keys = MessageWriteKeys(choice.keys, cast("tuple[tuple[str, str], ...]", choice.context), policy)
         else:
             self._keys = write_keys(key, keys, context, policy, dataset_key)
         self._siv, self._record_id = deterministic, record_id
+        self._fields = ElementFields(self._keys.names, key_fields, record_id)
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the envelopes."""
-        dofn = _EncryptDoFn(_fitting(self._keys, elements), self._form, self._record_id, siv=self._siv)
+        keys = _fitting(self._keys, elements)
+        dofn = _EncryptDoFn(keys, self._form, self._record_id, siv=self._siv, fields=self._fields)
         records = typehints.Union[bytes, str] if self._form.coder is None else typehints.Any
         dofn.with_input_types(self._form.hint(records))
         return self.apply("Encrypt", dofn, elements, self._form.hint(bytes, elements))
@@ -271,7 +307,8 @@ class DecryptRecords(ElementTransform):
     Input: bytes; with `keyed`, pairs of message key and bytes. Output: bytes, or what `coder` decodes.
 
     Args:
-        key: the KMS key, as URI or provider, or several, any of which may open a record.
+        key: the KMS key, as URI or provider, or several, any of which may open a record; `AllowedKeys`;
+            or templates.
         keys: the key store that the writer had.
         context: the encryption context that the records were written with, or `ANY_CONTEXT`.
         coder: how bytes become elements, as the writer had it; `str` for text.
@@ -280,6 +317,8 @@ class DecryptRecords(ElementTransform):
         format: `compact` (randomised or deterministic: each envelope says which) or `aws-encryption-sdk`.
         commitment_policy: which AWS Encryption SDK messages are taken, by AWS's name for it: by default those that
             commit to their key.
+        key_fields: needed with templates: a function of the element that returns a dict of what fills them, such as
+            `lambda pair: {"tenant": pair[0]}` with `keyed`. An envelope by itself does not say.
 
     Raises:
         ValueError, TypeError, FormatError: as `EncryptRecords`. While it runs, see `formats.record.RecordDecryptor`.
@@ -299,6 +338,7 @@ class DecryptRecords(ElementTransform):
         keyed: bool = False,
         format: RecordFormat = "compact",  # noqa: A002
         commitment_policy: CommitmentPolicy = "require-encrypt-require-decrypt",
+        key_fields: KeyFields = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
@@ -306,16 +346,22 @@ class DecryptRecords(ElementTransform):
         self._form = _Form(checked_coder(coder), checked_aad(aad, keyed=keyed), keyed)
         self._keys: ReadKeys | MessageReadKeys
         if keys is None:
-            expected = expected_context(context)
-            pairs = expected if isinstance(expected, AnyContext) else tuple(expected.items())
-            self._keys = MessageReadKeys(chosen_keys(key), pairs, commitment_policy)
+            choice = read_choice(key, context)
+            self._keys = MessageReadKeys(choice.keys, choice.context, commitment_policy)
             self._keys.decryptor()  # checks the policy
         else:
             self._keys = read_keys(key, keys, context)
+        self._fields = ElementFields(self._keys.names, key_fields)
+        if self._fields.names and key_fields is None:
+            raise ValueError(
+                f"an envelope does not say {', '.join(map(repr, self._fields.names))}, which the template needs: give "
+                "key_fields=, a function of the element (with keyed=True, of message key and envelope); or say which "
+                "keys may open records with AllowedKeys"
+            )
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the records."""
-        dofn = _DecryptDoFn(self._keys, self._form)
+        dofn = _DecryptDoFn(self._keys, self._form, self._fields)
         dofn.with_input_types(self._form.hint(bytes))
         return self.apply("Decrypt", dofn, elements, self._form.hint(type_of(self._form.coder), elements))
 
