@@ -26,6 +26,7 @@ from beam_envelope import (
     WriteEncryptedParquet,
     WriteEncryptedText,
     open_key,
+    open_parquet,
 )
 from beam_envelope.arguments import parse_context
 from beam_envelope.io.options import current_settings
@@ -190,18 +191,19 @@ def test_a_yaml_pipeline_takes_the_same_names(tmp_path, local_key):
     pytest.importorskip("docstring_parser", reason="needs apache-beam[yaml]")
     from apache_beam.yaml import main
 
-    (tmp_path / "in.txt").write_text("hello")
     path = tmp_path / "pipeline.yaml"
     path.write_text(
         "pipeline:\n  type: chain\n  transforms:\n"
+        "    - {type: Create, config: {elements: [{name: a, amount: 1}, {name: b, amount: 2}]}}\n"
         "    - type: PyTransform\n"
-        f"      config: {{constructor: apache_beam.Create, kwargs: {{values: [{tmp_path}/in.txt]}}}}\n"
-        "    - type: PyTransform\n"
-        f"      config: {{constructor: beam_envelope.EncryptFiles, kwargs: {{output: {tmp_path}/sealed}}}}\n"
+        "      config:\n        constructor: beam_envelope.WriteEncryptedParquet\n"
+        f"        kwargs: {{prefix: {tmp_path}/sealed/part}}\n"
         f'options: {{envelope_key: "{local_key}", envelope_context: ["dataset=yaml"]}}\n'
     )
     main.run([f"--yaml_pipeline_file={path}", "--runner=FnApiRunner"])
-    assert "in.txt" in listing(tmp_path / "sealed")
+    (name,) = [name for name in listing(tmp_path / "sealed") if name.endswith(".parquet")]
+    with open_parquet(tmp_path / "sealed" / name, key=local_key, context={"dataset": "yaml"}) as file:
+        assert file.read().num_rows == 2
 
 
 # The page that lists them

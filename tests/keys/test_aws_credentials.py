@@ -439,6 +439,12 @@ def test_each_identity_has_a_client_and_a_session_of_its_own_and_shares_it(sts, 
     assert len(built) == len(sts.requests) == 3
 
 
+def test_two_endpoints_share_the_credentials_of_a_role(sts, fake_kms):
+    key_of("role", region="us-east-1").check({})
+    key_of("role", region="us-east-1", endpoint_url=fake_kms.endpoint_url).check({})
+    assert (len(aws._clients), len(sts.requests)) == (2, 1)
+
+
 def test_rewrapping_to_a_key_of_another_role_decrypts_as_one_and_encrypts_as_the_other(sts, fake_kms):
     key = key_of("role")
     form = key.generate_data_key({}).wrapped_keys[0]
@@ -483,6 +489,13 @@ def test_without_the_filter_they_would_be_logged(key, sts, metadata, caplog, mon
     key.check({})
     logged = everything_logged(caplog)
     assert all(secret in logged for secret in (*sts.secrets, *metadata.tokens))
+
+
+def test_nothing_is_logged_either_when_others_ask_for_the_credentials(key, sts, metadata, caplog):
+    caplog.set_level(logging.DEBUG)
+    key._client("Decrypt")._request_signer._credentials.get_frozen_credentials()
+    assert len(sts.secrets) == 2
+    assert [secret for secret in (*sts.secrets, *metadata.tokens) if secret in everything_logged(caplog)] == []
 
 
 def test_of_a_failing_refresh_nothing_is_logged_and_the_log_goes_on(sts, metadata, caplog):
