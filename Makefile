@@ -40,9 +40,11 @@ engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-
 test-engines: engines .venv/.stamp-test ## run our transforms and programs on every engine; some minutes
 	$(BIN)/python -m pytest $(or $(ENGINE_TESTS),tests/engines) --timeout 600 $(PYTEST_ARGS)
 
-engines-matrix: export BEAM_ENVELOPE_MATRIX = docs/runners-matrix.md
+# A column of the table alone: make engines-matrix PYTEST_ARGS="-k Spark"
+engines-matrix: export BEAM_ENVELOPE_MATRIX = build/engines-matrix.json
 engines-matrix: ## the same, and write what ran where into docs/runners-matrix.md
 	$(MAKE) test-engines ENGINE_TESTS=tests/engines/test_matrix.py
+	$(BIN)/python -m tests.engines.matrix $(BEAM_ENVELOPE_MATRIX) docs/runners-matrix.md
 
 lint: .venv/.stamp-lint ## check the code's style and its formatting
 	$(BIN)/ruff check $(CODE)

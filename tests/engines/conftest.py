@@ -51,10 +51,10 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    """Write the matrix where BEAM_ENVELOPE_MATRIX says, if it says so."""
+    """Note what ran in the JSON file that BEAM_ENVELOPE_MATRIX names, if it is set."""
     path = os.environ.get("BEAM_ENVELOPE_MATRIX")
     if path and not hasattr(session.config, "workerinput"):
-        _matrix.write(path)
+        _matrix.save(path)
 
 
 @pytest.fixture(scope="session")
