@@ -59,8 +59,9 @@ Examples:
 Every chunk of shards, every page of Parquet files and every key file is authenticated; nothing is written. Files
 with no key file, and key files whose file is missing, are problems too; unfinished files (_TMP_...) are not.
 Exit status: 0 if all is well, 1 if there is any problem or nothing was found, 2 if the command line is wrong.
-With the manifest, shards that are missing, added, swapped or old are problems as well. Any option of Beam may follow,
-as --NAME=VALUE. With no runner named, the job uses all cores.
+Where a manifest (_MANIFEST.json) lists the files, one that is missing, not listed, or another than the one listed is
+a problem. Without a manifest, a shard that is gone together with its key file, or an older pair of both in their
+place, is not noticed. Any option of Beam may follow, as --NAME=VALUE. With no runner named, the job uses all cores.
 """
 
 _MANIFEST_EPILOG: Final = """\

@@ -129,7 +129,7 @@ def test_what_is_encrypted_is_decrypted(run, key):
     assert (status, err) == (0, "Encrypting 3 files, 60.0 kB ...\n")
     assert re.fullmatch(
         r"Encrypted 3 files, 60\.0 kB in \d+\.\d s \([\d.]+ [kMG]?B?(bytes)?/s\) into sealed/\. "
-        r"KMS calls: 1 GenerateDataKey, and 1 to check the key first\.\n",
+        r"KMS calls: 2 GenerateDataKey, and 1 to check the key first\.\n",
         out,
     )
     assert listing("sealed") == with_manifest(*CONTENTS)
@@ -152,7 +152,7 @@ def test_json_tells_the_same_in_numbers(run, key):
             "files_skipped": 0,
             "plaintext_bytes": 60_005,
             "ciphertext_bytes": sum(shard_size(len(content)) for content in CONTENTS.values()),
-            "kms_calls": {"GenerateDataKey": 1},
+            "kms_calls": {"GenerateDataKey": 2},  # one for the manifest
             "kms_calls_to_check": {"GenerateDataKey": 1},
         },
     )
@@ -244,6 +244,14 @@ def test_options_of_beam_reach_the_pipeline(run, key, monkeypatch):
         ),
         (
             ("decrypt", "sealed", "--output", "out", "--key", "{key}"),
+            (
+                "section 1 of {cwd}/sealed/_MANIFEST.json was written with another encryption context: 'dataset' is "
+                "missing here. Give the context that it was written with (key files show it), or ANY_CONTEXT "
+                "(--any-context) to accept any"
+            ),
+        ),
+        (
+            ("decrypt", "sealed", "--output", "out", "--key", "{key}", "--manifest=ignore"),
             (
                 "sealed/a.csv was written with another encryption context: 'dataset' is missing here. Give the context "
                 "that it was written with (key files show it), or ANY_CONTEXT (--any-context) to accept any"

@@ -65,46 +65,46 @@ def opens(key, folder="sealed", contents=CONTENTS):
 
 def test_it_rotates_and_says_so(run):
     status, out, err = run("sealed", "--from", OLD, "--to", NEW)
-    assert (status, err) == (0, "Rotating 3 key files ...\n")
+    assert (status, err) == (0, "Rotating 4 key files ...\n")  # of three shards, and the manifest
     lines = out.splitlines()
     assert re.split(" {2,}", lines[0]) == ["opened by", "now opened by", "key files"]
-    assert re.fullmatch(r"local-kms:old/[0-9a-f]{32}  local-kms:new/[0-9a-f]{32} +3", lines[1])
+    assert re.fullmatch(r"local-kms:old/[0-9a-f]{32}  local-kms:new/[0-9a-f]{32} +4", lines[1])
     assert re.fullmatch(
-        r"Changed 3 of 3 key files in \d+\.\d s; 0 need no change, 0 failed\. KMS calls: 1 Decrypt, 1 Encrypt\.",
+        r"Changed 4 of 4 key files in \d+\.\d s; 0 need no change, 0 failed\. KMS calls: 2 Decrypt, 2 Encrypt\.",
         lines[2],
     )
     assert (opens(OLD), opens(NEW)) == ([], list(CONTENTS))
     status, out, _ = run("sealed/**", "--from", OLD, "--to", NEW)
-    assert (status, out.startswith("Changed 0 of 3 key files in ")) == (0, True)
-    assert out.endswith("; 3 need no change, 0 failed. KMS calls: none.\n")
+    assert (status, out.startswith("Changed 0 of 4 key files in ")) == (0, True)
+    assert out.endswith("; 4 need no change, 0 failed. KMS calls: none.\n")
 
 
 def test_a_dry_run_changes_nothing_and_says_what_would_be(run):
     before = read_files("sealed")
     status, out, err = run("sealed", "--from", OLD, "--to", NEW, "--dry-run", "--log", "log")
-    assert (status, err) == (0, "Looking at 3 key files ...\n")
+    assert (status, err) == (0, "Looking at 4 key files ...\n")
     assert "would be opened by" in out
-    assert "Would change 3 of 3 key files in " in out
+    assert "Would change 4 of 4 key files in " in out
     assert read_files("sealed") == before
     rows = [json.loads(line) for line in Path("log").read_text().splitlines()]
-    assert [(row["changed"], row["dry_run"]) for row in rows] == [(True, True)] * 3
+    assert [(row["changed"], row["dry_run"]) for row in rows] == [(True, True)] * 4
 
 
 def test_json_tells_the_same_in_numbers(run):
     status, out, _ = run("sealed", "--from", OLD, "--to", NEW, "--json")
     figures = json.loads(out)
     (change,) = figures.pop("changes")
-    assert (len(change["before"]), len(change["after"]), change["key_files"]) == (1, 1, 3)
+    assert (len(change["before"]), len(change["after"]), change["key_files"]) == (1, 1, 4)
     assert figures.pop("seconds") > 0
     assert (status, figures) == (
         0,
         {
-            "key_files": 3,
-            "changed": 3,
+            "key_files": 4,
+            "changed": 4,
             "unchanged": 0,
             "failed": 0,
             "dry_run": False,
-            "kms_calls": {"Decrypt": 1, "Encrypt": 1},
+            "kms_calls": {"Decrypt": 2, "Encrypt": 2},
             "failures": [],
         },
     )
@@ -121,7 +121,7 @@ def test_files_that_fail_are_listed_and_the_others_rotated(run):
     write_files("sealed", {"_KEY_FOR_[red]bad\x1b.json": b"{}"})
     status, out, err = run("sealed", "--from", OLD, "--to", NEW, "--log", "audit/log.jsonl")
     assert status == 1
-    assert "Changed 3 of 4 key files in " in out
+    assert "Changed 4 of 5 key files in " in out
     lines = err.splitlines()
     assert lines[1].startswith("sealed/_KEY_FOR_[red]bad\\x1b.json is not a readable key file: ")
     assert lines[2] == (
@@ -133,6 +133,7 @@ def test_files_that_fail_are_listed_and_the_others_rotated(run):
         ("sealed/_KEY_FOR_[red]bad\x1b.json", None, "FormatError"),
         ("sealed/_KEY_FOR_a.csv.json", True, None),
         ("sealed/_KEY_FOR_b.csv.json", True, None),
+        ("sealed/_MANIFEST.json", True, None),
         ("sealed/sub/_KEY_FOR_c.csv.json", True, None),
     ]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", row["time"]) for row in rows)
@@ -180,7 +181,7 @@ def test_a_mistake_is_one_clear_line_status_1_and_no_change(run, tmp_path, words
     before = read_files(tmp_path)
     status, out, err = run(*words)
     assert (status, out) == (1, "")
-    assert err.removeprefix("Rotating 3 key files ...\n") == (
+    assert err.removeprefix("Rotating 4 key files ...\n") == (
         f"beam-envelope rotate: {message.replace('{cwd}', str(tmp_path))}\n"
     )
     assert read_files(tmp_path) == before
@@ -197,10 +198,10 @@ def test_key_files_that_a_runner_did_not_look_at_are_missed(run, monkeypatch):
     from beam_envelope import rotate_command
 
     find = rotate_command.find_key_files
-    monkeypatch.setattr(rotate_command, "find_key_files", lambda pattern: [*find(pattern), "sealed/lost"])
+    monkeypatch.setattr(rotate_command, "find_key_files", lambda *words, **more: [*find(*words, **more), "sealed/lost"])
     status, _, err = run("sealed", "--from", OLD, "--to", NEW)
     assert status == 1
-    assert err.endswith("the runner reports success, but 1 of 4 key files were passed over. Run the rotation again\n")
+    assert err.endswith("the runner reports success, but 1 of 5 key files were passed over. Run the rotation again\n")
 
 
 def test_a_job_that_did_not_end_well_is_status_1(run, monkeypatch):
@@ -220,7 +221,7 @@ def test_worker_processes_do_the_same(run, monkeypatch):
     write_files("sealed", {"_KEY_FOR_bad.json": b"{}"})
     workers = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
     status, out, err = run("sealed", "--from", OLD, "--to", NEW, *workers)
-    assert (status, "Changed 3 of 4 key files in " in out, "1 Decrypt, 1 Encrypt." in out) == (1, True, True), err
+    assert (status, "Changed 4 of 5 key files in " in out, "2 Decrypt, 2 Encrypt." in out) == (1, True, True), err
     assert "sealed/_KEY_FOR_bad.json is not a readable key file" in err
     assert opens(NEW) == list(CONTENTS)
 

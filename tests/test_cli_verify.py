@@ -10,6 +10,7 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
+from rich.filesize import decimal
 
 from beam_envelope import LocalKms, cli, jobs, verify_command
 from beam_envelope.keys.cache import clear_caches
@@ -49,12 +50,17 @@ def damage(name="sealed/a.csv", position=100):
     Path(name).write_bytes(data)
 
 
+def stored():
+    """Return how much is stored, without key files, as the command prints it."""
+    return decimal(sum(len(raw) for name, raw in read_files("sealed").items() if "_KEY_FOR_" not in name))
+
+
 def test_all_is_well_and_the_status_is_0(run):
     before = read_files("sealed")
     status, out, err = run("sealed", *OURS)
-    assert (status, err) == (0, "Verifying 3 files, 50.3 kB ...\n")
+    assert (status, err) == (0, f"Verifying 4 files, {stored()} ...\n")  # three shards, and the manifest
     assert re.fullmatch(
-        r"Verified 3 files in \d+\.\d s, 50\.0 kB authenticated \(\S+ \S+/s\): no problems\. KMS calls: 1 Decrypt\.\n",
+        r"Verified 4 files in \d+\.\d s, 50\.0 kB authenticated \(\S+ \S+/s\): no problems\. KMS calls: 2 Decrypt\.\n",
         out,
     )
     assert read_files("sealed") == before
@@ -65,40 +71,50 @@ def test_problems_are_a_table_and_the_status_is_1(run):
     write_files("sealed", {"[red]plain\x1b.csv": b"1,2\n", "_TMP_1": b"x"})
     Path("sealed/sub/c.csv").unlink()
     status, out, err = run("sealed", *OURS)
-    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 3 of 5 files have problems")
+    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 3 of 6 files have problems")
     lines = [re.split(" {2,}", line.rstrip()) for line in out.splitlines()]
     assert lines[0] == ["file", "kind", "problem"]
     assert [line[:2] for line in lines[1:4]] == [
         ["sealed/[red]plain\\x1b.csv", "file"],
         ["sealed/a.csv", "shard"],
-        ["sealed/sub/_KEY_FOR_c.csv.json", "key file"],
+        ["sealed/sub/c.csv", "shard"],
     ]
+    assert lines[1][2].startswith("is not listed by the manifest")
+    assert lines[3][2].startswith("is listed by the manifest, and not there")
     assert lines[2][2].startswith("was changed after it was written: one of the chunks 0 to 2 does not authenticate")
     assert lines[4] == ["sealed/_TMP_1: unfinished; delete it if no job is running"]
+    assert "3 problems. KMS calls: 2 Decrypt." in out
+    status, out, err = run("sealed", *OURS, "--manifest=ignore")
+    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 3 of 6 files have problems")
+    lines = [re.split(" {2,}", line.rstrip()) for line in out.splitlines()]
+    assert [line[:2] for line in lines[1:4]] == [
+        ["sealed/[red]plain\\x1b.csv", "file"],
+        ["sealed/a.csv", "shard"],
+        ["sealed/sub/_KEY_FOR_c.csv.json", "key file"],
+    ]
     assert "3 problems. KMS calls: 1 Decrypt." in out
 
 
 def test_an_unfinished_file_alone_is_no_problem(run):
-    write_files("sealed", {"_TMP_1": b"x", "_MANIFEST.json": b"{}"})
+    write_files("sealed", {"_TMP_1": b"x"})
     status, out, _ = run("sealed", *OURS)
     assert status == 0
     assert "sealed/_TMP_1: unfinished; delete it if no job is running\n" in out
-    assert "sealed/_MANIFEST.json: not checked: this release knows no manifests\n" in out
     assert "Verified 5 files" in out
 
 
 def test_a_quick_look_does_not_see_damage_inside_and_says_what_it_checked(run):
     damage()
     status, out, err = run("sealed", *OURS, "--quick")
-    assert (status, err) == (0, "Looking at 3 files, 50.3 kB ...\n")
+    assert (status, err) == (0, f"Looking at 4 files, {stored()} ...\n")
     assert re.fullmatch(
-        r"Looked at 3 files in \d+\.\d s, key files, commitments and lengths checked: no problems\. "
-        r"KMS calls: 1 Decrypt\.\n",
+        r"Looked at 4 files in \d+\.\d s, key files, commitments and lengths checked: no problems\. "
+        r"KMS calls: 2 Decrypt\.\n",
         out,
     )
     damage(position=5)
     status, out, err = run("sealed", *OURS, "--quick")
-    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 1 of 3 files has a problem")
+    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 1 of 4 files has a problem")
     assert "and its key file do not belong together" in out
 
 
@@ -114,11 +130,11 @@ def test_json_tells_the_same_in_numbers(run):
     assert (status, figures) == (
         1,
         {
-            "files": 4,
+            "files": 5,
             "problems": 1,
             "quick": False,
             "bytes_authenticated": 4,
-            "kms_calls": {"Decrypt": 1},
+            "kms_calls": {"Decrypt": 2},
             "not_checked": [
                 {
                     "path": "sealed/_TMP_1",
@@ -177,9 +193,9 @@ def test_a_wrong_command_line_is_status_2(run):
 
 def test_another_key_or_context_is_not_well(run):
     status, out, _ = run("sealed", "--key", OTHER, "--context", "dataset=flights")
-    assert (status, out.count("the keys allowed here are")) == (1, 3)
+    assert (status, out.count("the keys allowed here are")) == (1, 4)  # of three shards, and of the manifest
     status, out, _ = run("sealed", "--key", KEY)
-    assert (status, out.count("was written with another encryption context")) == (1, 3)
+    assert (status, out.count("was written with another encryption context")) == (1, 4)
     status, out, _ = run("sealed", "--key", KEY, "--key", OTHER, "--any-context")
     assert status == 0
 
@@ -189,7 +205,7 @@ def test_files_that_a_runner_did_not_look_at_are_missed(run, monkeypatch):
     monkeypatch.setattr(verify_command, "find_files", lambda pattern: {**find(pattern), "sealed/lost": 3})
     status, _, err = run("sealed", *OURS)
     assert status == 1
-    assert err.endswith("the runner reports success, but 1 of 4 files were passed over. Run the verification again\n")
+    assert err.endswith("the runner reports success, but 1 of 5 files were passed over. Run the verification again\n")
 
 
 def test_a_job_that_did_not_end_well_is_status_1(run, monkeypatch):
@@ -208,7 +224,7 @@ def test_a_runner_without_metrics_is_believed_by_its_log_only(run, monkeypatch):
     damage()
     monkeypatch.setattr(jobs, "counters", lambda _: {})
     status, _, err = run("sealed", *OURS)
-    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 1 of 3 files has a problem")
+    assert (status, err.splitlines()[-1]) == (1, "beam-envelope verify: 1 of 4 files has a problem")
     damage()
     assert run("sealed", *OURS)[0] == 0
     status, _, err = run("sealed", *OURS, "--runner=FnApiRunner")
@@ -218,8 +234,8 @@ def test_a_runner_without_metrics_is_believed_by_its_log_only(run, monkeypatch):
 def test_with_a_runner_of_the_users_the_log_or_the_workers_tell(run):
     damage()
     status, out, err = run("sealed", *OURS, "--runner=FnApiRunner")
-    assert (status, out.startswith("Verified 3 files")) == (1, True)
-    assert "1 of 3 files has a problem; --log FILE, or the log of the workers, tells of each" in err
+    assert (status, out.startswith("Verified 4 files")) == (1, True)
+    assert "1 of 4 files has a problem; --log FILE, or the log of the workers, tells of each" in err
     status, out, err = run("sealed", *OURS, "--runner=FnApiRunner", "--log", "log")
     assert (status, out.startswith("file ")) == (1, True)
 
@@ -229,8 +245,8 @@ def test_worker_processes_do_the_same(run, monkeypatch):
     damage()
     workers = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
     status, out, err = run("sealed", *OURS, *workers)
-    assert (status, "Verified 3 files in " in out, "1 problem." in out) == (1, True, True), err
-    assert re.search(r"KMS calls: [12] Decrypt\.", out)
+    assert (status, "Verified 4 files in " in out, "1 problem." in out) == (1, True, True), err
+    assert re.search(r"KMS calls: [23] Decrypt\.", out)
     damage()
     assert run("sealed", *OURS, *workers)[0] == 0
 
@@ -241,5 +257,5 @@ def test_help_teaches_by_examples_and_says_what_is_not_noticed(run):
     examples = [line for line in out.splitlines() if line.startswith("  beam-envelope verify ")]
     assert len(examples) == 3
     assert all("--key" in line for line in examples)
-    assert "There is no manifest yet" in out
+    assert "Without a manifest, a shard that is gone together with its key file" in out
     assert "Exit status: 0 if all is well" in out

@@ -12,6 +12,7 @@ from apache_beam.runners.direct.direct_runner import DirectRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from beam_envelope import (
+    ANY_CONTEXT,
     DecryptFiles,
     EnvelopeError,
     KeyFileMissingError,
@@ -108,7 +109,11 @@ def test_the_settings_reach_the_transforms():
     assert transform.work._header_lines == 2
     ours, _ = parse("a", "--any-context", "--if-exists=overwrite", "--relative-to=sealed", decrypting=True)
     reader = jobs.decrypt_transform(ours)
-    assert reader.plan == DecryptPlan("out/", "overwrite", "sealed/")
+    assert reader.plan == DecryptPlan("out/", "overwrite", "sealed/", reader.plan.manifest)
+    assert (reader.plan.manifest.mode, reader.plan.manifest.context, transform.lists) == ("use", ANY_CONTEXT, True)
+    ours, _ = parse("a", "--manifest=require", decrypting=True)
+    assert jobs.decrypt_transform(ours).plan.manifest.mode == "require"
+    assert not jobs.encrypt_transform(parse("a", "--no-manifest")[0]).lists
     assert reader.display_data()["context"] == "any"
 
 

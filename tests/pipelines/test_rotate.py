@@ -11,7 +11,7 @@ from beam_envelope import LocalKms, open_shard
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import generate_local_key
 from pipelines import rotate
-from tests.running import encrypt, listing, write_files
+from tests.running import encrypt, listing, with_manifest, write_files
 
 IN_MEMORY = "--direct_running_mode=in_memory"
 
@@ -32,7 +32,7 @@ def test_it_rotates_writes_the_log_and_returns_the_jobs_result(tmp_path, words, 
     with open_shard(tmp_path / "sealed/sub/b", key=f"{local_key}?name=new") as shard:
         assert shard.read() == b"2"
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["changed"] for row in rows] == [True, True]
+    assert [row["changed"] for row in rows] == [True, True, True]  # of two shards, and the manifest
 
 
 def test_a_key_file_that_cannot_be_rotated_is_told_and_is_exit_status_1(tmp_path, words, monkeypatch, caplog):
@@ -44,7 +44,7 @@ def test_a_key_file_that_cannot_be_rotated_is_told_and_is_exit_status_1(tmp_path
 
 
 def test_a_dry_run_changes_nothing(tmp_path, words):
-    before = {path: path.read_bytes() for path in (tmp_path / "sealed").rglob("_KEY_FOR_*")}
+    before = {path: path.read_bytes() for path in (tmp_path / "sealed").rglob("_*.json")}
     rotate.run([*words, "--dry-run"])
     assert {path: path.read_bytes() for path in before} == before
 
@@ -54,7 +54,7 @@ def test_an_earlier_log_is_kept(tmp_path, words):
     with pytest.raises(FileExistsError, match="the log exists, and is kept; name another"):
         rotate.run([*words, "--log", f"{tmp_path}/log.jsonl"])
     assert (tmp_path / "log.jsonl").read_bytes() == b"of last year"
-    assert len(listing(tmp_path / "sealed")) == 4
+    assert listing(tmp_path / "sealed") == with_manifest("a", "sub/b")
 
 
 def test_help_shows_examples(capsys):

@@ -30,6 +30,7 @@ def test_it_verifies_writes_the_log_and_returns_the_jobs_result(tmp_path, words)
     assert result.wait_until_finish() == PipelineState.DONE
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sorted((row["path"], row["ok"], row["plaintext_bytes"]) for row in rows) == [
+        (f"{tmp_path}/sealed/_MANIFEST.json", True, None),
         (f"{tmp_path}/sealed/a", True, 1),
         (f"{tmp_path}/sealed/sub/b", True, 1),
     ]
@@ -39,11 +40,14 @@ def test_it_verifies_writes_the_log_and_returns_the_jobs_result(tmp_path, words)
 def test_a_problem_is_told_and_is_exit_status_1(tmp_path, words, monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["verify", *words])
     assert verify.main() == 0
-    assert "2 files were verified, and 0 have problems" in caplog.text
+    assert "3 files were verified, and 0 have problems" in caplog.text
     write_files(tmp_path / "sealed", {"plain": b"1,2"})
     assert verify.main() == 1
+    assert f"{tmp_path}/sealed/plain is not listed by the manifest" in caplog.text
+    assert "4 files were verified, and 1 have problems" in caplog.text
+    monkeypatch.setattr(sys, "argv", ["verify", *words, "--manifest=ignore"])
+    assert verify.main() == 1
     assert f"{tmp_path}/sealed/plain is plain data" in caplog.text
-    assert "3 files were verified, and 1 have problems" in caplog.text
 
 
 def test_without_metrics_the_exit_status_comes_from_the_log(tmp_path, words, monkeypatch):
@@ -74,7 +78,7 @@ def test_quick_is_passed_on(tmp_path, words):
     result = verify.run([*words, "--quick"])
     result.wait_until_finish()
     counters = jobs.counters(result)
-    assert (counters["files"], counters.get("bytes_authenticated", 0)) == (2, 0)
+    assert (counters["files"], counters.get("bytes_authenticated", 0)) == (3, 0)
 
 
 def test_an_earlier_log_is_kept(tmp_path, words):
