@@ -27,8 +27,8 @@ def add_encrypt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key",
         action="append",
-        help=f"{KEY_HELP}. Give it again for more keys: any one opens the shards. Default: --envelope_key, or "
-        "BEAM_ENVELOPE_KEY",
+        help=f"{KEY_HELP}; aws-kms://alias/data-{{tenant}} for one that each path chooses. Give it again for more "
+        "keys: any one opens the shards. Default: --envelope_key, or BEAM_ENVELOPE_KEY",
     )
     add_context_argument(parser, "given again to decrypt; KMS logs and key files show it, so nothing secret")
     parser.add_argument(
@@ -205,7 +205,8 @@ def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key",
         action="append",
-        help=f"{KEY_HELP}. Give it again to allow more keys. Default: --envelope_key, or BEAM_ENVELOPE_KEY",
+        help=f"{KEY_HELP}; or all keys of an account, aws-kms://*?account=ACCOUNT[&region=...][&alias=data-*]. Give it "
+        "again to allow more keys. Default: --envelope_key, or BEAM_ENVELOPE_KEY",
     )
     add_context_argument(parser, "the context that the shards were written with")
     parser.add_argument("--any-context", action="store_true", help="accept shards of any context")
@@ -227,6 +228,12 @@ def add_context_argument(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relative-to", metavar="FOLDER", help="keep paths relative to this folder")
+    parser.add_argument(
+        "--path-fields",
+        metavar="PATTERN",
+        help="where in an input's path is what fills a template such as --key aws-kms://alias/data-{tenant}: "
+        "'{tenant}/*.csv'. Default: folders say it, tenant=acme/",
+    )
     parser.add_argument(
         "--if-exists",
         choices=IF_EXISTS,

@@ -24,7 +24,7 @@ from beam_envelope.errors import KeyAccessError, KmsUnavailableError
 from beam_envelope.io.manifest_reader import ManifestReader, check_shard_id
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.keys.provider import kms_calls
-from beam_envelope.keys.uri import open_keys
+from beam_envelope.settings import PathSettings
 from beam_envelope.transforms.file_work import FilesTransform
 from beam_envelope.transforms.plan import DecryptPlan, Task
 
@@ -39,7 +39,8 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         tasks = jobs.plan_tasks(transform.plan, arguments.patterns)
         transform.work.check(tasks[0])
         with console.checking(arguments):
-            preflight.check_encrypt(arguments, transform, options, tell=console.tell, **_size(tasks))
+            sources = [task.source for task in tasks]
+            preflight.check_encrypt(arguments, transform, options, sources, tell=console.tell, **_size(tasks))
         return _run_job("Encrypt", transform, tasks, arguments, options)
     if command == "decrypt":
         reader = jobs.decrypt_transform(arguments)
@@ -65,7 +66,7 @@ def _check_decrypt(
             try:
                 reader.work.check(tasks[0])
             except (KeyAccessError, KmsUnavailableError) as error:
-                preflight.explain(error, preflight.uses_of_reader(open_keys(arguments.key), key_files))
+                preflight.explain(error, preflight.uses_of_reader(preflight.fixed_keys(arguments), key_files))
                 raise
         if arguments.check_workers:
             preflight.check_read(arguments, options, key_files, tell=console.tell, **_size(tasks))
@@ -133,10 +134,12 @@ def _tell_without_metrics(verb: str, n_tasks: int, arguments: argparse.Namespace
 
 
 def _cat(arguments: argparse.Namespace) -> int:
-    keys, context = open_keys(arguments.key), context_of(arguments)
-    plan = DecryptPlan(os.devnull, "overwrite", manifest=ManifestReader(arguments.manifest, keys, context))
+    settings = PathSettings.of(arguments.key, context_of(arguments), None)
+    listed = ManifestReader(arguments.manifest, settings.keys, settings.choice.pairs)
+    plan = DecryptPlan(os.devnull, "overwrite", manifest=listed)
     for task in [task for pattern in arguments.patterns for task in plan.tasks(pattern)]:
-        key_file, shard = open_shard_at(task.source, keys, context)
+        chosen = settings.for_path(task.source)
+        key_file, shard = open_shard_at(task.source, chosen.keys, chosen.expected_context)
         with shard:
             check_shard_id(task.source, key_file, task.shard_id)
             shutil.copyfileobj(shard, sys.stdout.buffer, _COPY_BYTES)

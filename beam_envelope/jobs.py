@@ -79,7 +79,7 @@ def _fill(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """Take key and context from where they are set, for commands that have them and were not given them."""
     if hasattr(arguments, "key") and not arguments.key:
         try:
-            arguments.key = list(chosen_keys(None))
+            arguments.key = list(chosen_keys(None, templates=True))
         except (ValueError, FormatError) as error:
             parser.error(str(error))
     if getattr(arguments, "context", None) == [] and not getattr(arguments, "any_context", False):
@@ -116,6 +116,7 @@ def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTa
             if_exists=arguments.if_exists,
             relative_to=arguments.relative_to,
             manifest=arguments.manifest,
+            path_fields=arguments.path_fields,
             **table_arguments.encrypt_settings(arguments),
         )
     return EncryptFiles(
@@ -128,6 +129,7 @@ def encrypt_transform(arguments: argparse.Namespace) -> EncryptFiles | EncryptTa
         if_exists=arguments.if_exists,
         relative_to=arguments.relative_to,
         manifest=arguments.manifest,
+        path_fields=arguments.path_fields,
     )
 
 
@@ -139,6 +141,7 @@ def decrypt_transform(arguments: argparse.Namespace) -> DecryptTables | DecryptA
         "if_exists": arguments.if_exists,
         "relative_to": arguments.relative_to,
         "manifest": arguments.manifest,
+        "path_fields": arguments.path_fields,
     }
     tables = DecryptTables(arguments.output, **common, **table_arguments.decrypt_settings(arguments))
     return tables if arguments.cells else DecryptAny(DecryptFiles(arguments.output, **common), tables)

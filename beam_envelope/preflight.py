@@ -30,7 +30,6 @@ from apache_beam.runners.runner import PipelineState
 
 import beam_envelope
 from beam_envelope import jobs
-from beam_envelope.arguments import context_of
 from beam_envelope.errors import EnvelopeError, KeyAccessError, KmsUnavailableError
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.formats.rotation import Rotation, Rotator
@@ -38,6 +37,7 @@ from beam_envelope.io.keyfiles import find_key_files, read_key_file
 from beam_envelope.io.store import key_file_path
 from beam_envelope.keys.preflight import FINE, Finding, KeyUse, examine, for_writer, raise_problems, table
 from beam_envelope.keys.provider import NOTHING, KeyProvider, Need
+from beam_envelope.keys.template import KeyTemplate
 from beam_envelope.keys.uri import Key, open_keys
 from beam_envelope.transforms.files import EncryptFiles
 from beam_envelope.transforms.tables import EncryptTables
@@ -186,19 +186,47 @@ def uses_of_rotation(
 
 
 def check_encrypt(
-    arguments: argparse.Namespace, transform: EncryptFiles | EncryptTables, options: PipelineOptions, **how: Any
+    arguments: argparse.Namespace,
+    transform: EncryptFiles | EncryptTables,
+    options: PipelineOptions,
+    sources: Iterable[str] | None = None,
+    **how: Any,
 ) -> None:
-    """Check, as `before_job`, what an encrypting job needs; `how` goes to it."""
-    groups = transform.key_groups if isinstance(transform, EncryptTables) else (open_keys(arguments.key),)
-    context = context_of(arguments)  # encrypting has no --any-context
-    before_job(for_writer(groups, context if isinstance(context, dict) else {}), arguments, options, **how)
+    """Check, as `before_job`, what an encrypting job needs; `how` goes to it. Of many keys, the first few are tried.
+
+    Args:
+        arguments: of the job.
+        transform: of the job.
+        options: of the job.
+        sources: the files, which choose the keys of templates. None: they are looked for if need be.
+        **how: as `before_job` has them.
+
+    Raises:
+        FormatError: a path does not say what fills a template.
+        As `before_job`.
+    """
+    if sources is None:
+        choose = any(isinstance(key, KeyTemplate) for key in open_keys(arguments.key, templates=True))
+        sources = (task.source for task in jobs.plan_tasks(transform.plan, arguments.patterns)) if choose else ("",)
+    choices = dict.fromkeys(choice for source in sources for choice in transform.key_choices(source))
+    uses: dict[KeyUse, None] = {}
+    for choice in list(choices)[:_SAMPLES]:
+        context: Any = choice.pairs  # a writer's is never ANY_CONTEXT
+        uses |= dict.fromkeys(for_writer([choice.keys], context))
+    before_job(list(uses), arguments, options, **how)
+
+
+def fixed_keys(arguments: argparse.Namespace) -> tuple[KeyProvider, ...]:
+    """Return the keys of a reading job that no path chooses: those are tried by opening a file."""
+    keys = open_keys(arguments.key, templates=True)
+    return tuple(key for key in keys if not isinstance(key, KeyTemplate))
 
 
 def check_read(
     arguments: argparse.Namespace, options: PipelineOptions, key_files: Iterable[tuple[str, KeyFile]], **how: Any
 ) -> None:
     """Check, as `before_job`, what a decrypting or verifying job needs; `how` goes to it."""
-    before_job(uses_of_reader(open_keys(arguments.key), key_files), arguments, options, **how)
+    before_job(uses_of_reader(fixed_keys(arguments), key_files), arguments, options, **how)
 
 
 def check_rotate(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from beam_envelope.arguments import parse_context
-from beam_envelope.keys.choice import KeyChoice
+from beam_envelope.keys.choice import Context, KeyChoice, PathFields
 from beam_envelope.keys.context import ANY_CONTEXT, AnyContext, checked_context
 from beam_envelope.keys.defaults import environment, option
 from beam_envelope.keys.provider import KeyProvider
@@ -45,6 +45,47 @@ class Settings:
         return ANY_CONTEXT if self.any_context else self.context
 
 
+@dataclass(frozen=True)
+class PathSettings:
+    """What a reader of many paths was given. Configuration only, so it travels.
+
+    Attributes:
+        choice: the keys and the context, templates among them.
+        fields: takes from paths what fills those.
+    """
+
+    choice: KeyChoice
+    fields: PathFields
+
+    @classmethod
+    def of(cls, key: Key | Sequence[Key] | None, context: Context, path_fields: str | None) -> PathSettings:
+        """Check the arguments. Raises ValueError, TypeError, FormatError."""
+        choice = read_choice(key, context)
+        return cls(choice, PathFields(choice.names, path_fields))
+
+    @property
+    def keys(self) -> tuple[KeyProvider, ...]:
+        """The keys, templates among them."""
+        return self.choice.keys
+
+    @property
+    def context(self) -> Mapping[str, str]:
+        """The context that is expected, if there is one in particular."""
+        return {} if isinstance(self.choice.pairs, AnyContext) else self.choice.pairs
+
+    @property
+    def any_context(self) -> bool:
+        """Whether any context does."""
+        return isinstance(self.choice.context, AnyContext)
+
+    def for_path(self, path: str) -> Settings:
+        """Return what holds for a path. Raises FormatError: it does not say what fills a template."""
+        filled = self.choice.filled(self.fields(path))
+        if isinstance(filled.pairs, AnyContext):
+            return Settings(filled.keys, {}, any_context=True)
+        return Settings(filled.keys, filled.pairs)
+
+
 def settings_of(*, key: Any = None, context: Any = None, any_context: bool | None = None, missing: str) -> Settings:
     """Return settings as given; what is None comes from the pipeline's options, then from the environment.
 
@@ -68,9 +109,11 @@ def settings_of(*, key: Any = None, context: Any = None, any_context: bool | Non
     return Settings(open_keys(key), _pairs(context), any_context)
 
 
-def chosen_keys(key: Key | Sequence[Key] | None) -> tuple[KeyProvider, ...]:
-    """Return the keys of a transform: those given, or else those that are set. Raises as `settings_of`."""
-    return open_keys(key) if key is not None else settings_of(context={}, any_context=False, missing=_NO_KEY).keys
+def chosen_keys(
+    key: Key | Sequence[Key] | None, *, templates: bool = False, lists: bool = True
+) -> tuple[KeyProvider, ...]:
+    """Return the keys of a transform: those given, or else those that are set. Arguments and errors: `open_keys`."""
+    return open_keys(_key_that_is_set(_NO_KEY) if key is None else key, templates=templates, lists=lists)
 
 
 def write_choice(key: Key | Sequence[Key] | None, context: Mapping[str, str] | None) -> KeyChoice:

@@ -11,8 +11,9 @@ import binascii
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import pyarrow.parquet.encryption as pe
 from cryptography.exceptions import InvalidTag
@@ -30,8 +31,10 @@ from beam_envelope.errors import (
 from beam_envelope.formats.keyfile import MAX_DATA_KEYS, MAX_WRAPPED_KEYS
 from beam_envelope.formats.parquet_columns import Paths
 from beam_envelope.keys import cache
+from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import Values, context_gaps, fill_context
 from beam_envelope.keys.provider import DataKey, KeyProvider
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key, fill_key, key_gaps, open_keys
 
 COLUMNS_ENTRY: Final = "beam-envelope.columns"
 """The entry of the Parquet footer's key-value metadata that says which column is under which data key."""
@@ -60,18 +63,25 @@ class ColumnKeys:
     rest: int | None
 
     @classmethod
-    def of(cls, key: Key | Sequence[Key] | None, columns: Mapping[str, Key | Sequence[Key]] | None) -> ColumnKeys:
-        """Return what `create_parquet` makes of its arguments.
+    def of(
+        cls,
+        key: Key | Sequence[Key] | None,
+        columns: Mapping[str, Key | Sequence[Key]] | None,
+        *,
+        templates: bool = False,
+    ) -> ColumnKeys:
+        """Return what `create_parquet` makes of its arguments. The caller fills templates, where they are allowed.
 
         Raises:
             ValueError, TypeError, FormatError: an argument is not of the right form.
         """
-        named = {name: open_keys(keys) for name, keys in (columns or {}).items()}
+        opened = partial(open_keys, templates=templates, lists=False)
+        named = {name: opened(keys) for name, keys in (columns or {}).items()}
         distinct: dict[frozenset[KeyProvider], tuple[KeyProvider, ...]] = {}
         for keys in named.values():
             distinct.setdefault(frozenset(keys), keys)
         if key is not None:
-            footer = open_keys(key)
+            footer = opened(key)
         elif not named:
             raise ValueError("no key was given; pass key='aws-kms://alias/...', or columns= with a key for each")
         else:
@@ -91,6 +101,18 @@ class ColumnKeys:
             tuple((name, numbers[frozenset(keys)]) for name, keys in named.items()),
             None if key is None else 0,
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps of templates among the keys, each once."""
+        return key_gaps([key for group in self.groups for key in group])
+
+    def filled(self, named: Mapping[str, str]) -> ColumnKeys:
+        """Return the same without gaps. Raises as `fill_key`."""
+        if not named:
+            return self
+        groups = tuple(tuple(dict.fromkeys(fill_key(key, named) for key in group)) for group in self.groups)
+        return replace(self, groups=groups)
 
     def assign(self, leaves: Sequence[str]) -> dict[str, int | None]:
         """Return for each leaf the number of its data key, or None if it is plain.
@@ -124,6 +146,37 @@ class ColumnKeys:
                 data_key.close()
             raise
         return data_keys
+
+
+_Chosen = TypeVar("_Chosen", bound="ColumnChoice")
+
+
+@dataclass(frozen=True)
+class ColumnChoice:
+    """The KMS keys of columns and the encryption context, with or without gaps. Configuration only, so it travels.
+
+    Attributes:
+        column_keys: which columns are under which KMS keys.
+        context: the encryption context.
+        policy: when to ask the KMS for new data keys.
+    """
+
+    column_keys: ColumnKeys
+    context: Mapping[str, str]
+    policy: DataKeyPolicy
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the gaps, each once; none where there are no templates."""
+        return tuple(dict.fromkeys((*self.column_keys.names, *context_gaps(tuple(self.context.items())))))
+
+    def filled(self: _Chosen, values: Values) -> _Chosen:  # noqa: PYI019  # typing.Self came with Python 3.11
+        """Return the same without gaps; the values are in the order of `names`. Raises as `KeyChoice.filled`."""
+        if not values:
+            return self
+        named = dict(zip(self.names, values, strict=True))
+        context: Any = fill_context(tuple(self.context.items()), named)
+        return replace(self, column_keys=self.column_keys.filled(named), context=dict(context))
 
 
 def is_uniform(assigned: Mapping[str, int | None]) -> bool:

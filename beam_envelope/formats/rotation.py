@@ -9,6 +9,7 @@ from typing import TypeVar
 from beam_envelope.errors import FormatError, TamperedError, WrongKeyError
 from beam_envelope.formats.keyfile import MAX_WRAPPED_KEYS, KeyFile, WrappedDataKey
 from beam_envelope.formats.manifest import Manifest
+from beam_envelope.keys.allowed import Allowed
 from beam_envelope.keys.provider import KeyProvider, WrappedKey
 
 _Sealed = TypeVar("_Sealed", KeyFile, Manifest)
@@ -22,7 +23,8 @@ class Rotation:
     anew, under the newest version of the key.
 
     Attributes:
-        source: the KMS keys that open what is there and whose forms can be relied on: a new form is made of theirs.
+        source: the KMS keys that open what is there and whose forms can be relied on: a new form is made of theirs. An
+            allow-list may stand for many, of which each data key has to have one form.
         to: the KMS key whose new form takes the place of theirs, or None.
         add: KMS keys that are to open it as well.
         remove: KMS keys that are to open it no longer. Something that opens it stays, and that is made sure of first:
@@ -197,6 +199,12 @@ class Rotator:
         to = self._rotation.to
         for key in (*self._rotation.source, *(() if to is None else (to,))):
             found = self._forms(data_key, key)
+            if len(found) > 1 and isinstance(key, Allowed):
+                # Which of them can be relied on, nothing says: each may be anyone's work who may encrypt under it.
+                raise WrongKeyError(
+                    f"{what} is wrapped by several keys of {key}: {_listed(_names(found))}. Allow fewer, or name the "
+                    "one to rely on with --from"
+                )
             if len(found) > 1:
                 raise TamperedError(
                     f"{what} has two forms of one data key by {found[0].kms_key}, of which we write one: it was "
@@ -219,7 +227,12 @@ class Rotator:
         entry = (key, form.provider, form.kms_key)
         if entry not in self._known:
             # Asking for a name may need a permission, so only where it may be this one.
-            self._known[entry] = key.may_open(form) and form.kms_key == self._full_name(key)
+            if isinstance(key, Allowed):
+                # What is under a new key already is done, whether or not that one is on the list too.
+                new = (*(() if self._rotation.to is None else (self._rotation.to,)), *self._rotation.add)
+                self._known[entry] = key.allows(form) and not any(self._is_of(form, other) for other in new)
+            else:
+                self._known[entry] = key.may_open(form) and form.kms_key == self._full_name(key)
         return self._known[entry]
 
     def _full_name(self, key: KeyProvider) -> str:

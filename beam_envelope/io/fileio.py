@@ -25,8 +25,9 @@ from beam_envelope.io.filesystem import SettingsMimeType, inner_path, outer_path
 from beam_envelope.io.manifest import WrittenShard, shard_on_store
 from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
+from beam_envelope.keys.choice import KeyChoice, PathFields, Values, fill_context
 from beam_envelope.keys.context import checked_context
-from beam_envelope.keys.uri import Key, open_keys
+from beam_envelope.keys.uri import Key, fill_key, open_keys
 from beam_envelope.settings import chosen_keys, written_context
 from beam_envelope.transforms.runner_limits import refuse_on_dask
 
@@ -39,8 +40,9 @@ class WriteEncryptedFiles(beam.PTransform["beam.PCollection[Any]", "beam.PCollec
     Args:
         path: the folder, on any filesystem; `envelope+` before it is allowed.
         key: the KMS key, as URI or provider, or several; or a function of the destination that returns them: one
-            dataset for each tenant, each under its own KMS key.
-        context: the encryption context, or a function of the destination that returns it.
+            dataset for each tenant, each under its own KMS key. Or a template, `aws-kms://alias/data-{tenant}`, which
+            the destination fills: a destination `acme` fills the one gap there is, `tenant=acme/year=2026` several.
+        context: the encryption context, or a function of the destination that returns it. Its values may be templates.
         sink: a `fileio.FileSink`, its class, or a function of the destination that makes one. An instance must be
             copyable: each file gets a copy, arguments and all.
         manifest: list the shards of a bounded input in the manifest at or above `path`, each destination's under its
@@ -113,13 +115,27 @@ class _SettingsOf:
     """The keys and the context of a destination."""
 
     def __init__(self, key: Any, context: Any) -> None:
-        self._key = key if callable(key) else chosen_keys(key)
+        self._key = key if callable(key) else chosen_keys(key, templates=True, lists=False)
         self._context = context if callable(context) else written_context(context)
+        fixed = KeyChoice(() if callable(key) else self._key, () if callable(context) else tuple(self._context.items()))
+        self._names = fixed.names
 
     def __call__(self, destination: str) -> Settings:
-        key = self._key(destination) if callable(self._key) else self._key
-        context = self._context(destination) if callable(self._context) else self._context
-        return Settings(open_keys(key), checked_context(context))
+        named = dict(zip(self._names, self._values(destination), strict=True))
+        if callable(self._key):
+            keys = open_keys(self._key(destination), lists=False)
+        else:
+            keys = tuple(fill_key(key, named) for key in self._key)
+        if callable(self._context):
+            return Settings(keys, checked_context(self._context(destination)))
+        context: Any = fill_context(tuple(self._context.items()), named)
+        return Settings(keys, dict(context))
+
+    def _values(self, destination: str) -> Values:
+        """Return what fills the gaps. Raises FormatError."""
+        if len(self._names) == 1 and "=" not in destination:
+            destination = f"{self._names[0]}={destination}"
+        return PathFields(self._names)(f"{destination}/")
 
     def describe(self) -> dict[str, str]:
         key = "by destination" if callable(self._key) else ", ".join(map(str, self._key))

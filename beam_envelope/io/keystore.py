@@ -65,7 +65,9 @@ def create_records(
         >>> records = create_records(key="local-kms://keyring.json", keys="keys/", context={"dataset": "orders"})
         >>> envelope = records.encrypt(b"4111111111111111")
     """
-    return RecordEncryptor(open_keys(key), open_key_store(keys), checked_context(context), policy or DataKeyPolicy())
+    return RecordEncryptor(
+        open_keys(key, lists=False), open_key_store(keys), checked_context(context), policy or DataKeyPolicy()
+    )
 
 
 def open_records(
@@ -127,7 +129,9 @@ def create_dataset_key(
         'ac2e8f5f8cad64f972a988f611766261'
     """
     store = open_key_store(keys)
-    return dataset_key.create_dataset_key(open_keys(key), store, checked_context(context), name, alone=alone).hex()
+    return dataset_key.create_dataset_key(
+        open_keys(key, lists=False), store, checked_context(context), name, alone=alone
+    ).hex()
 
 
 class RemoteKeyStore:

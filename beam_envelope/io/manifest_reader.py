@@ -9,17 +9,19 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 from beam_envelope.arguments import MANIFEST_MODES
-from beam_envelope.errors import ContextMismatchError, KeyAccessError, ManifestError, WrongKeyError
+from beam_envelope.errors import ContextMismatchError, FormatError, KeyAccessError, ManifestError, WrongKeyError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, is_internal
 from beam_envelope.formats.manifest import Manifest
 from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest, verify_section
 from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, same_places, split_glob, split_path
 from beam_envelope.keys.cache import shared
+from beam_envelope.keys.choice import KeyChoice, PathFields
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
+from beam_envelope.settings import PathSettings, Settings
 
 ManifestMode: TypeAlias = Literal["require", "use", "ignore"]
 
@@ -58,14 +60,16 @@ class ManifestReader:
     Attributes:
         mode: `require`: a manifest has to list every file. `use`: where there is one, it has to. `ignore`: none is
             looked for.
-        keys: the allowed KMS keys.
-        context: the encryption context that the caller expects.
+        keys: the allowed KMS keys, templates among them.
+        context: the encryption context that the caller expects; its values may be templates.
+        path_fields: where in a path is what fills those.
         run: a random UUID: each reader reads a manifest once in a minute, and never takes what another has read.
     """
 
     mode: ManifestMode
     keys: tuple[KeyProvider, ...]
     context: Mapping[str, str] | AnyContext
+    path_fields: str | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def check(
@@ -116,6 +120,9 @@ class ManifestReader:
         folders = {split_path(place)[0] for place in places.values()}
         places = {path: place for path, place in places.items() if split_path(path)[1] != MANIFEST_NAME}
         listed: dict[str, str] = {}
+        context = self.context if isinstance(self.context, AnyContext) else tuple(sorted(self.context.items()))
+        choice = KeyChoice(self.keys, context)
+        settings = PathSettings(choice, PathFields(choice.names, self.path_fields))
         with run as loaded:
             manifests = loaded.manifests(below, folders)
             if not manifests and self.mode == "require":
@@ -125,7 +132,7 @@ class ManifestReader:
                 )
                 raise ManifestError(msg)
             for manifest in manifests:
-                for place, shard_id in manifest.listed(pattern, self.keys, self.context).items():
+                for place, shard_id in manifest.listed(pattern, settings).items():
                     if listed.setdefault(place, shard_id) != shard_id:
                         msg = (
                             f"{place} is listed by two manifests as two shards: by {manifest.path}, and by one above "
@@ -247,12 +254,10 @@ class _Loaded:
         self._folder = split_path(path)[0]
         self._manifest = Manifest.from_bytes(raw, path)
         self._latest = self._manifest.latest()
-        self._verified: set[int] = set()
+        self._verified: set[tuple[Any, ...]] = set()
         self._vouched = False
 
-    def listed(
-        self, pattern: str, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext
-    ) -> dict[str, str]:
+    def listed(self, pattern: str, settings: PathSettings) -> dict[str, str]:
         """Return the places that match, and the shard id of each; the sections that say so are authenticated."""
         literal = literal_path(pattern)
         if literal is not None:
@@ -261,21 +266,27 @@ class _Loaded:
         else:
             matches = glob_matcher(pattern)
             found = {name: said for name, said in self._latest.items() if matches(self._folder + name)}
-        for number in sorted({number for number, _ in found.values()}):
-            self._verify(number, keys, context)
+        if settings.choice.names:
+            # What a section says of a path has to be under the keys that the path chooses.
+            said_by = {(number, settings.fields(self._folder + name)): name for name, (number, _) in found.items()}
+        else:
+            said_by = {(number, ()): name for name, (number, _) in found.items()}
+        for (number, _), name in sorted(said_by.items()):
+            self._verify(number, settings.for_path(self._folder + name))
         if not self._vouched:
-            self._vouch(keys, context)
+            self._vouch(settings)
         return {self._folder + name: entry.shard_id for name, (_, entry) in found.items() if entry is not None}
 
-    def _vouch(self, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext) -> None:
+    def _vouch(self, settings: PathSettings) -> None:
         """Authenticate the last section that can be: it tells if one of those before it was taken out."""
-        for number in reversed(range(len(self._manifest.sections))):
-            with contextlib.suppress(WrongKeyError, ContextMismatchError, KeyAccessError):
-                self._verify(number, keys, context)
+        for number, section in reversed(list(enumerate(self._manifest.sections))):
+            with contextlib.suppress(WrongKeyError, ContextMismatchError, KeyAccessError, FormatError):
+                self._verify(number, settings.for_path(self._folder + min(section.shards, default="")))
                 break
         self._vouched = True
 
-    def _verify(self, number: int, keys: Sequence[KeyProvider], context: Mapping[str, str] | AnyContext) -> None:
-        if number not in self._verified:
-            verify_section(self._manifest, number, keys, context, self.path)
-            self._verified.add(number)
+    def _verify(self, number: int, settings: Settings) -> None:
+        entry = (number, settings.keys, settings.any_context, *sorted(settings.context.items()))
+        if entry not in self._verified:
+            verify_section(self._manifest, number, settings.keys, settings.expected_context, self.path)
+            self._verified.add(entry)

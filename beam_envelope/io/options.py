@@ -14,9 +14,9 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_envelope.keys.defaults import set_options_source
-from beam_envelope.settings import Settings, settings_of
+from beam_envelope.settings import PathSettings, Settings, settings_of
 
-__all__ = ["EnvelopeOptions", "Settings", "current_settings", "use_settings"]
+__all__ = ["EnvelopeOptions", "PathSettings", "Settings", "current_settings", "use_settings"]
 
 _OPTIONS: Final = ("key", "context", "any_context")
 _NO_KEY: Final = (

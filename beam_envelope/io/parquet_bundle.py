@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
+from beam_envelope.errors import FormatError
 from beam_envelope.formats.output import Buffer, Output, StreamOutput
-from beam_envelope.formats.parquet_keys import ColumnKeys
+from beam_envelope.formats.parquet_keys import ColumnChoice
 from beam_envelope.formats.parquet_writer import EncryptedParquetWriter
+from beam_envelope.formats.row_groups import groups
 from beam_envelope.formats.shard import open_sealed
 from beam_envelope.formats.shard_writer import ShardWriter
 from beam_envelope.io.parquet_rows import TableMaker
 from beam_envelope.io.store import key_file_path, store_of
-from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.cache import DataKeySource, shared_source
+from beam_envelope.keys.choice import ElementFields, Opened, Values
 from beam_envelope.keys.provider import DataKey, KeyProvider
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.row_types import register_rows
@@ -37,6 +40,7 @@ class EncryptedParquetFile(NamedTuple):
         rows: how many rows it has.
         stored_bytes: how many bytes it has.
         window: the window of its rows, as `start/end`; empty for the global window.
+        key_fields: what its rows have in common that filled the templates of keys, in their order.
     """
 
     path: str
@@ -45,6 +49,7 @@ class EncryptedParquetFile(NamedTuple):
     rows: int
     stored_bytes: int
     window: str
+    key_fields: Sequence[str] = ()
 
 
 register_rows(EncryptedParquetFile)
@@ -74,37 +79,41 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class FileSettings:
+class FileSettings(ColumnChoice):
     """How files are written. Configuration only, so it travels.
 
     Attributes:
-        column_keys: which columns are under which KMS keys.
-        context: the encryption context.
         schema: of the files; None: of the first table.
         limits: their size.
         suffix: the end of their names.
-        policy: when to ask the KMS for new data keys.
         options: for pyarrow's writer.
     """
 
-    column_keys: ColumnKeys
-    context: Mapping[str, str]
     schema: pa.Schema | None
     limits: Limits
     suffix: str
-    policy: DataKeyPolicy
     options: Mapping[str, Any]
 
 
-class BundleKeys:
-    """The data keys of a bundle: one for each set of KMS keys, over all its files; or those of the process."""
+MAX_OPEN_FILES: Final = 100
+"""How many files a window of a bundle holds open at most, where templates choose keys; then the oldest is finished."""
+_NO_FIELDS: Final = ElementFields(())
 
-    def __init__(self, settings: FileSettings) -> None:
+
+class BundleKeys:
+    """The data keys of a bundle: one for each set of KMS keys, over all its files; or those of the process.
+
+    Attributes:
+        chosen: the KMS keys and the context.
+        sources: of the data keys.
+    """
+
+    def __init__(self, chosen: ColumnChoice) -> None:
         """Make no call yet."""
-        self._own = settings.policy.reuse == "bundle"
+        self.chosen = chosen
+        self._own = chosen.policy.reuse == "bundle"
         make = DataKeySource if self._own else shared_source
-        groups = settings.column_keys.groups
-        self._sources = [make(group, settings.context, settings.policy) for group in groups]
+        self.sources = [make(group, chosen.context, chosen.policy) for group in chosen.column_keys.groups]
 
     def take(self, count: int | None = None) -> list[DataKey]:
         """Return copies of the data keys, or of the first of them; the taker closes them.
@@ -115,7 +124,7 @@ class BundleKeys:
         taken: list[DataKey] = []
         try:
             with Progress():  # counts the calls; no longer, since other steps of the thread count theirs
-                taken.extend(source.take() for source in self._sources[:count])
+                taken.extend(source.take() for source in self.sources[:count])
         except BaseException:
             _close(taken)
             raise
@@ -124,7 +133,7 @@ class BundleKeys:
     def close(self) -> None:
         """Erase the keys of a bundle; those of the process live on."""
         if self._own:
-            _close(self._sources)
+            _close(self.sources)
 
 
 class BundleWriter:
@@ -134,10 +143,10 @@ class BundleWriter:
         counts: what was done, by the name of the metric.
     """
 
-    def __init__(self, settings: FileSettings, folder: str) -> None:
-        self._settings, self._folder = settings, folder
-        self._keys = BundleKeys(settings)
-        self._windows: dict[Any, _WindowWriter] = {}
+    def __init__(self, settings: FileSettings, folder: str, fields: ElementFields = _NO_FIELDS) -> None:
+        self._settings, self._folder, self._fields = settings, folder, fields
+        self._keys: Opened[tuple[FileSettings, BundleKeys]] = Opened(self._open, lambda opened: opened[1].close())
+        self._windows: dict[Any, OrderedDict[Values, _WindowWriter]] = {}
         self.counts: Counter[str] = Counter()
 
     def add(self, window: Any, name: str, element: Any) -> Iterator[EncryptedParquetFile]:
@@ -147,31 +156,57 @@ class BundleWriter:
             ValueError, TypeError: the element does not fit.
             KeyAccessError, KmsUnavailableError, OSError: from the KMS, or from the store.
         """
-        writer = self._windows.get(window)
-        if writer is None:
-            writer = self._windows[window] = _WindowWriter(self._settings, self._folder, self._keys, name, self.counts)
-        yield from writer.add(element)
+        writers = self._windows.setdefault(window, OrderedDict())
+        for values, part in self._parts(element):
+            if values not in writers:
+                if len(writers) >= MAX_OPEN_FILES:
+                    oldest, writer = writers.popitem(last=False)
+                    yield from _of(oldest, writer.finish())
+                settings, keys = self._keys(values)
+                writers[values] = _WindowWriter(settings, self._folder, keys, name, self.counts)
+            writers.move_to_end(values)
+            yield from _of(values, writers[values].add(part))
 
     def finish_window(self, window: Any) -> Iterator[EncryptedParquetFile]:
         """Finish the file of a window, if there is one. Raises as `add`."""
-        if window in self._windows:
-            yield from self._windows[window].finish()
-            del self._windows[window]
+        for values, writer in self._windows.pop(window, {}).items():
+            yield from _of(values, writer.finish())
 
     def finish(self) -> Iterator[tuple[Any, EncryptedParquetFile]]:
         """Finish all files; yield each with its window. Raises as `add`."""
-        for window, writer in self._windows.items():
-            for file in writer.finish():
-                yield window, file
+        for window, writers in self._windows.items():
+            for values, writer in writers.items():
+                for file in _of(values, writer.finish()):
+                    yield window, file
         self._windows.clear()
         self._keys.close()
 
     def abort(self) -> None:
         """Drop what is unfinished, and the keys. May be called again, and after `finish`."""
-        for writer in self._windows.values():
-            writer.abort()
+        for writers in self._windows.values():
+            for writer in writers.values():
+                writer.abort()
         self._windows.clear()
         self._keys.close()
+
+    def _open(self, values: Values) -> tuple[FileSettings, BundleKeys]:
+        settings = self._settings.filled(values)
+        return settings, BundleKeys(settings)
+
+    def _parts(self, element: Any) -> Iterator[tuple[Values, Any]]:
+        """Yield what of an element goes under which keys. Raises FormatError: it does not say."""
+        if self._fields.names and isinstance(element, (pa.Table, pa.RecordBatch)):
+            table = element if isinstance(element, pa.Table) else pa.Table.from_batches([element])
+            if self._fields.by_function:
+                raise FormatError("key_fields= is of rows; the keys of a table are chosen by its columns. Leave it out")
+            if table.num_rows:
+                yield from groups(table, self._fields.names)
+        else:
+            yield self._fields(element), element
+
+
+def _of(values: Values, files: Iterable[EncryptedParquetFile]) -> Iterator[EncryptedParquetFile]:
+    return (file._replace(key_fields=values) for file in files)
 
 
 class _WindowWriter:

@@ -21,9 +21,8 @@ from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check
 from beam_envelope.io.parquet_rows import row_type, to_rows
 from beam_envelope.io.store import LocalStore, expand, key_file_path, read_small, split_glob, split_path, store_of
 from beam_envelope.keys.context import AnyContext
-from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key, open_keys
-from beam_envelope.settings import chosen_keys, expected_context
+from beam_envelope.settings import PathSettings
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.runner_limits import check_on_dask
 
@@ -88,8 +87,7 @@ def _find(pattern: str) -> tuple[str, list[str], list[str]]:
 class ReadSettings:
     """What is read and by whom. Configuration only, so it travels. Attributes as the arguments of the transforms."""
 
-    keys: tuple[KeyProvider, ...]
-    context: Mapping[str, str] | AnyContext
+    paths: PathSettings
     columns: tuple[str, ...] | None
     filter: Any
     on_denied: OnDenied
@@ -111,6 +109,7 @@ class ReadSettings:
         with_filename: bool = False,
         validate: bool = True,
         manifest: ManifestMode = "use",
+        path_fields: str | None = None,
     ) -> ReadSettings:
         """Check the arguments that all readers have. Raises ValueError, TypeError, FormatError."""
         if isinstance(columns, str):
@@ -119,15 +118,17 @@ class ReadSettings:
             raise ValueError(f"on_denied is 'error', 'null' or 'drop', not {on_denied!r}")
         if batch_rows <= 0:
             raise ValueError(f"batch_rows is above 0, not {batch_rows}")
-        expected = expected_context(context)
+        paths = PathSettings.of(key, context, path_fields)
         chosen = None if columns is None else tuple(columns)
-        keys = chosen_keys(key)
-        listed = ManifestReader(checked_mode(manifest), keys, expected)
-        return cls(keys, expected, chosen, filter, on_denied, batch_rows, with_filename, validate, listed)
+        listed = ManifestReader(checked_mode(manifest), paths.keys, paths.choice.pairs, path_fields)
+        return cls(paths, chosen, filter, on_denied, batch_rows, with_filename, validate, listed)
 
     def open(self, path: str, shard_id: str = "") -> EncryptedParquetReader:
         """Open a file. Raises as `open_parquet_at`."""
-        return open_parquet_at(path, self.keys, self.context, on_denied=self.on_denied, shard_id=shard_id)
+        settings = self.paths.for_path(path)
+        return open_parquet_at(
+            path, settings.keys, settings.expected_context, on_denied=self.on_denied, shard_id=shard_id
+        )
 
     def find(self, pattern: str) -> tuple[str, list[str], list[str]]:
         """Return a glob, the files and the manifests. Raises as `find_parquet`; none is no error without `validate`."""
@@ -152,10 +153,10 @@ class ReadSettings:
 
     def display(self) -> dict[str, Any]:
         """Describe the settings; the context's values are not shown, nor what a filter compares with."""
-        names = "any" if isinstance(self.context, AnyContext) else ", ".join(self.context)
+        names = "any" if self.paths.any_context else ", ".join(self.paths.context)
         columns = "all" if self.columns is None else ", ".join(self.columns)
         return {
-            "key": ", ".join(map(str, self.keys)),
+            "key": ", ".join(map(str, self.paths.keys)),
             "context": names,
             "columns": columns,
             "on_denied": self.on_denied,
@@ -316,7 +317,8 @@ class ReadEncryptedParquet(beam.PTransform["beam.pvalue.PBegin", "beam.PCollecti
 
     Args:
         pattern: a pattern, path or folder, on any Beam filesystem; key files are passed over.
-        key: the KMS keys that this reader may use, as URIs or providers. One of them has to open the footer.
+        key: the KMS keys that this reader may use, as URIs or providers. One of them has to open the footer. Or
+            `AllowedKeys`, or templates, which the path of each file fills.
         context: the encryption context that the files were written with, or `ANY_CONTEXT`.
         columns: names of columns, or paths of what is in them; default: all.
         filter: a pyarrow expression, or a list of tuples as `pyarrow.parquet.read_table` takes; only the rows that
@@ -331,6 +333,7 @@ class ReadEncryptedParquet(beam.PTransform["beam.pvalue.PBegin", "beam.PCollecti
         validate: fail if no file matches, at once and on the worker.
         manifest: "use": where a manifest is at or above the files, it has to list them; "require": there has to be one;
             "ignore" it.
+        path_fields: as `DecryptFiles`, of the files' paths.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form.

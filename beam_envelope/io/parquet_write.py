@@ -40,6 +40,7 @@ from beam_envelope.io.parquet_names import clean, named_alone, named_together, p
 from beam_envelope.io.parquet_rows import TableMaker, schema_of
 from beam_envelope.io.store import split_path
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import ElementFields, KeyFields
 from beam_envelope.keys.uri import Key
 from beam_envelope.settings import chosen_keys, written_context
 from beam_envelope.transforms.metrics import Progress
@@ -49,6 +50,7 @@ _ROW_GROUP_ROWS: Final = 1 << 20
 _ROW_GROUP_BYTES: Final = 64 << 20
 _SEAL_BYTES: Final = 8 << 20
 _TEMPLATE: Final = "-SSSSS-of-NNNNN"
+_NO_FIELDS: Final = ElementFields(())
 
 
 class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[EncryptedParquetFile]"]):
@@ -66,9 +68,10 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         prefix: the folder and the start of the files' names, on any Beam filesystem.
         schema: the Arrow schema; default: that of the elements.
         key: the KMS key, as URI or provider, or several, any one of which opens the files: for the footer and all
-            columns that `columns` does not name.
+            columns that `columns` does not name. Or templates (`aws-kms://alias/data-{tenant}`; docs/key-choice.md),
+            here and in `columns`, which each row fills: then each bundle writes a file for each key.
         columns: KMS keys of columns, as `create_parquet` takes them.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
         num_shards: group the rows of each window into so many files, or more where a limit is met. They pass the
             runner's shuffle encrypted under `key`, so the workers need `kms:Decrypt` as well. 0: a file for each
             bundle, without a shuffle. For an unbounded input 0 means 1.
@@ -83,6 +86,7 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
             minutes on each worker.
         manifest: list the files of a bounded input in the manifest at or above their folder, under a data key of its
             own; a new one is made where there is none. The results come when that is done.
+        key_fields: a function of the row that returns a dict of what fills the templates. Default: the row's fields.
         **writer_options: any of those that `create_parquet` takes.
 
     Raises:
@@ -112,6 +116,7 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         shard_name_template: str = _TEMPLATE,
         policy: DataKeyPolicy | None = None,
         manifest: bool = True,
+        key_fields: KeyFields = None,
         **writer_options: Any,
     ) -> None:
         """Check the arguments; nothing is called yet."""
@@ -129,14 +134,24 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         self._template, self._num_shards, self._policy = shard_name_template, num_shards, policy
         self._lists = manifest
         self._settings = FileSettings(
-            ColumnKeys.of(key if key is not None or columns else chosen_keys(None), columns),
+            ColumnKeys.of(
+                key if key is not None or columns else chosen_keys(None, templates=True, lists=False),
+                columns,
+                templates=True,
+            ),
             written_context(context),
+            policy or DataKeyPolicy(),
             schema,
             limits,
             file_name_suffix,
-            policy or DataKeyPolicy(),
             writer_options,
         )
+        self._fields = ElementFields(self._settings.names, key_fields)
+        if self._fields.names and num_shards:
+            raise ValueError(
+                "num_shards puts rows of different keys together, so it does not go with a template: each bundle "
+                "writes a file for each key. Leave it out, or group the rows beforehand"
+            )
         # Without a schema this refuses the options only.
         leaves = leaf_paths(pa.schema([]) if schema is None else schema, writer_options)
         if schema is not None:
@@ -159,18 +174,19 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         if self._policy is None and not elements.is_bounded:
             settings = replace(settings, policy=DataKeyPolicy("worker"))
         folder = f"{split_path(self._prefix)[0]}{TEMPORARY_PREFIX}{uuid.uuid4().hex}/"
-        num_shards = self._num_shards or (0 if elements.is_bounded else 1)
+        by_key = bool(self._fields.names)
+        num_shards = self._num_shards or (0 if elements.is_bounded or by_key else 1)
         if num_shards:
             sealed = elements | "Seal" >> beam.ParDo(_SealDoFn(settings, num_shards))
             written = sealed | "Group" >> beam.GroupByKey() | "Write" >> beam.ParDo(_WriteGroupDoFn(settings, folder))
         else:
-            written = elements | "Write" >> beam.ParDo(_WriteDoFn(settings, folder))
+            written = elements | "Write" >> beam.ParDo(_WriteDoFn(settings, folder, self._fields))
         if not elements.is_bounded:
             named = written | "Name" >> beam.Map(named_alone, self._prefix, settings.suffix).with_output_types(
                 tuple[EncryptedParquetFile, str]
             )
             return self._publish(named)
-        names = _NameDoFn(settings, folder, self._prefix, self._template, max(1, num_shards))
+        names = _NameDoFn(settings, folder, self._prefix, self._template, 0 if by_key else max(1, num_shards))
         # One more element, so that there is a group without results too.
         start = elements.pipeline | "Start" >> beam.Create([None])
         results = (
@@ -184,8 +200,7 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
         moved = files | "Moved" >> beam.Map(_pair_nothing).with_output_types(tuple[None, list[EncryptedParquetFile]])
         _ = moved | "All moved" >> beam.GroupByKey() | "Clean" >> beam.Map(_clean, folder).with_output_types(None)
         if self._lists:
-            of_footer = Settings(settings.column_keys.groups[0], settings.context)
-            return files | "Manifest" >> WithManifest(split_path(self._prefix)[0], _Listed(of_footer))
+            return files | "Manifest" >> WithManifest(split_path(self._prefix)[0], _Listed(settings))
         return files
 
     @staticmethod
@@ -213,8 +228,8 @@ class WriteEncryptedParquet(beam.PTransform["beam.PCollection[Any]", "beam.PColl
 class _BundleDoFn(beam.DoFn):
     """What the DoFns share that write: a writer for each bundle, which never travels."""
 
-    def __init__(self, settings: FileSettings, folder: str) -> None:
-        self._settings, self._folder = settings, folder
+    def __init__(self, settings: FileSettings, folder: str, fields: ElementFields = _NO_FIELDS) -> None:
+        self._settings, self._folder, self._fields = settings, folder, fields
         self._bundle: BundleWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,7 +237,7 @@ class _BundleDoFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         self.teardown()  # what a bundle left that failed
-        self._bundle = BundleWriter(self._settings, self._folder)
+        self._bundle = BundleWriter(self._settings, self._folder, self._fields)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         bundle = self._bundle
@@ -346,12 +361,13 @@ class _NameDoFn(beam.DoFn):
 class _Listed:
     """What the manifest says of a file; its section is under the keys of the footer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: FileSettings) -> None:
         self._settings = settings
 
     def __call__(self, file: EncryptedParquetFile) -> tuple[WrittenShard, Settings]:
         entry = ManifestEntry(file.shard_id, file.stored_bytes, records=file.rows)
-        return WrittenShard(file.path, entry), self._settings
+        chosen = self._settings.filled(tuple(file.key_fields))
+        return WrittenShard(file.path, entry), Settings(chosen.column_keys.groups[0], chosen.context)
 
 
 def _clean(_moved: Any, folder: str) -> None:

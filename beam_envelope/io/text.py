@@ -16,17 +16,20 @@ import apache_beam as beam
 from apache_beam.io import textio
 from apache_beam.io.filebasedsource import ReadAllFiles
 
+from beam_envelope.errors import FormatError
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.io.filesystem import inner_path, outer_path
 from beam_envelope.io.keyfiles import read_key_file
 from beam_envelope.io.manifest import WrittenShard, shard_on_store
 from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check_shard_id, checked_mode, may_be_listed
 from beam_envelope.io.manifest_write import WithManifest
-from beam_envelope.io.options import Settings, use_settings
+from beam_envelope.io.options import PathSettings, Settings, use_settings
 from beam_envelope.io.store import expand, key_file_path, split_path
+from beam_envelope.io.text_by_key import WriteTextByKey
+from beam_envelope.keys.choice import KeyChoice, KeyFields, PathFields, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
-from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.settings import write_choice
 from beam_envelope.transforms.runner_limits import check_on_dask, refuse_on_dask
 
 
@@ -38,8 +41,13 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
 
     Args:
         file_path_prefix: as Beam's WriteToText, on any filesystem (`s3://bucket/part`), also with `envelope+`.
-        key: the KMS key, as URI or provider, or several: any one of them opens the shards.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        key: the KMS key, as URI or provider, or several: any one of them opens the shards. Or templates
+            (`aws-kms://alias/data-{tenant}`; docs/key-choice.md), which folders in the prefix fill (`tenant=a/part`),
+            or each line by `key_fields`.
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
+        key_fields: a function of the line that returns a dict of what fills the templates. Then each bundle writes a
+            shard for each key, `tenant=acme/part-...` below the folder of the prefix, and of the options only
+            file_name_suffix, header, coder and append_trailing_newlines hold.
         **options: all else that WriteToText takes: file_name_suffix, num_shards, shard_name_template, header,
             compression_type, max_records_per_shard, max_bytes_per_shard, triggering_frequency, ...
         manifest: list the shards of a bounded input in the manifest at or above their folder, under a data key of its
@@ -59,11 +67,18 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         key: Key | Sequence[Key] | None = None,
         context: Mapping[str, str] | None = None,
         manifest: bool = True,
+        key_fields: KeyFields = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self._folder = split_path(inner_path(file_path_prefix))[0] if manifest else None
-        self._settings = Settings(chosen_keys(key), written_context(context))
+        choice = write_choice(key, context)
+        self._by_key = None
+        if key_fields is not None:
+            self._by_key = WriteTextByKey(file_path_prefix, choice, key_fields, options, manifest=manifest)
+            return
+        filled: Any = choice.filled(_prefix_fields(choice, file_path_prefix))
+        self._settings = Settings(filled.keys, filled.pairs)
         self._write = textio.WriteToText(_enveloped(file_path_prefix), **options)
         self._write._sink = _carry(self._write._sink, _TextSink, self._settings)  # noqa: SLF001  # where WriteToText has it
 
@@ -75,6 +90,8 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
             "DaskRunner drops what a bundle gives at its end, so the shards would be empty",
             "Lines that are in files already: EncryptFiles(split_lines=...). Others: take another runner",
         )
+        if self._by_key is not None:
+            return lines | "ByKey" >> self._by_key
         paths: beam.PCollection[str] = (
             lines | "Write" >> self._write | "Paths" >> beam.Map(inner_path).with_output_types(str)
         )
@@ -86,6 +103,8 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
 
     def display_data(self) -> dict[str, Any]:
         """Describe the settings; the context's values are not shown."""
+        if self._by_key is not None:
+            return self._by_key.display_data()
         return {**self._write._sink.display_data(), **_display(self._settings)}  # noqa: SLF001
 
 
@@ -94,8 +113,10 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
 
     Args:
         file_pattern: as Beam's ReadFromText, on any filesystem; key files are passed over.
-        key: the KMS key, as URI or provider, or several, any of which may open a shard.
+        key: the KMS key, as URI or provider, or several, any of which may open a shard; `AllowedKeys`; or templates,
+            which the path of each shard fills.
         context: the encryption context that the shards were written with, or `ANY_CONTEXT`.
+        path_fields: as `DecryptFiles`, of the shards' paths.
         with_filename: give pairs of a shard's path and a line.
         manifest: "use": where a manifest is at or above the shards, it has to list them; "require": there has to be
             one; "ignore" it.
@@ -117,10 +138,11 @@ class ReadEncryptedText(beam.PTransform["beam.pvalue.PBegin", "beam.PCollection[
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
         manifest: ManifestMode = "use",
+        path_fields: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self._settings = _reader_settings(key, context)
+        self._settings = PathSettings.of(key, context, path_fields)
         self._with_filename = with_filename
         self._read = (textio.ReadFromTextWithFilename if with_filename else textio.ReadFromText)(
             _enveloped(file_pattern), **options
@@ -149,7 +171,7 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
     """Reads the lines of the encrypted shards that a PCollection of paths or patterns names.
 
     Args:
-        key, context, with_filename, manifest: as `ReadEncryptedText`.
+        key, context, with_filename, manifest, path_fields: as `ReadEncryptedText`.
         **options: all else that Beam's ReadAllFromText takes: desired_bundle_size, min_bundle_size, ...
     """
 
@@ -160,10 +182,11 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
         context: Mapping[str, str] | AnyContext | None = None,
         with_filename: bool = False,
         manifest: ManifestMode = "use",
+        path_fields: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self._settings = _reader_settings(key, context)
+        self._settings = PathSettings.of(key, context, path_fields)
         self._manifest = _manifest_reader(manifest, self._settings)
         self._with_filename = with_filename
         beams = textio.ReadAllFromText(with_filename=with_filename, **options)
@@ -205,8 +228,9 @@ class _TextSink(textio._TextSink):  # noqa: SLF001  # Beam's text sink has no pu
 class _TextSource(textio._TextSource):  # noqa: SLF001  # Beam's text source has no public name
     """Beam's text source, whose files are opened under settings of its own, each as the shard that a manifest lists."""
 
-    envelope_settings: Settings
+    envelope_settings: PathSettings
     envelope_manifest: ManifestReader | None = None
+    envelope_shard_id = ""
 
     def _get_concat_source(self) -> Any:
         new = self._concat_source is None
@@ -215,13 +239,13 @@ class _TextSource(textio._TextSource):  # noqa: SLF001  # Beam's text source has
             shard_ids = _find_listed(inner_path(self._pattern.get()), self.envelope_manifest)
             for source in concat.sources:
                 of_file = copy.copy(source._file_based_source)  # noqa: SLF001  # Beam's, of which each is pickled alone
-                shard_id = shard_ids.get(inner_path(source._file_name), "")  # noqa: SLF001
-                of_file.envelope_settings = replace(self.envelope_settings, shard_id=shard_id)
+                of_file.envelope_shard_id = shard_ids.get(inner_path(source._file_name), "")  # noqa: SLF001
                 source._file_based_source = of_file  # noqa: SLF001
         return concat
 
     def open_file(self, file_name: str) -> Any:
-        with use_settings(self.envelope_settings):
+        settings = self.envelope_settings.for_path(inner_path(file_name))
+        with use_settings(replace(settings, shard_id=self.envelope_shard_id)):
             return super().open_file(file_name)
 
 
@@ -229,7 +253,7 @@ class _TextSourceWithFilename(_TextSource, textio._TextSourceWithFilename):  # n
     """The same, giving pairs of name and line."""
 
 
-def _carry(of_beam: Any, kind: type, settings: Settings) -> Any:
+def _carry(of_beam: Any, kind: type, settings: Settings | PathSettings) -> Any:
     """Return Beam's sink or source as our subclass of it: the same state, and the settings."""
     ours: Any = object.__new__(kind)
     ours.__dict__.update(of_beam.__dict__)
@@ -247,8 +271,8 @@ class _ListedShard:
         return shard_on_store(path), self._settings
 
 
-def _manifest_reader(mode: ManifestMode, settings: Settings) -> ManifestReader:
-    return ManifestReader(checked_mode(mode), settings.keys, settings.expected_context)
+def _manifest_reader(mode: ManifestMode, settings: PathSettings) -> ManifestReader:
+    return ManifestReader(checked_mode(mode), settings.keys, settings.choice.pairs, settings.fields.pattern)
 
 
 def _find_listed(pattern: str, manifest: ManifestReader) -> Mapping[str, str]:
@@ -268,7 +292,7 @@ def _checked(pattern: str, manifest: ManifestReader) -> str:
     return pattern
 
 
-def _source_of(make: Callable[[str], Any], settings: Settings, file_name: str) -> _TextSource:
+def _source_of(make: Callable[[str], Any], settings: PathSettings, file_name: str) -> _TextSource:
     source: _TextSource = _carry(make(file_name), _TextSource, settings)
     return source
 
@@ -277,11 +301,12 @@ def _enveloped(path: str) -> str:
     return outer_path(inner_path(path))
 
 
-def _reader_settings(key: Key | Sequence[Key] | None, context: Mapping[str, str] | AnyContext | None) -> Settings:
-    expected = expected_context(context)
-    if isinstance(expected, AnyContext):
-        return Settings(chosen_keys(key), {}, any_context=True)
-    return Settings(chosen_keys(key), expected)
+def _prefix_fields(choice: KeyChoice, prefix: str) -> Values:
+    """Return what the folders of a prefix say for templates. Raises ValueError."""
+    try:
+        return PathFields(choice.names)(inner_path(prefix))
+    except FormatError as error:
+        raise ValueError(f"{error}. Where lines choose their keys, give key_fields=, a function of the line") from None
 
 
 def _with_inner_paths(lines: beam.PCollection[Any], with_filename: bool) -> beam.PCollection[Any]:  # noqa: FBT001
@@ -290,6 +315,6 @@ def _with_inner_paths(lines: beam.PCollection[Any], with_filename: bool) -> beam
     return lines | "Paths" >> beam.MapTuple(lambda path, line: (inner_path(path), line))
 
 
-def _display(settings: Settings) -> dict[str, Any]:
+def _display(settings: Settings | PathSettings) -> dict[str, Any]:
     names = "any" if settings.any_context else ", ".join(settings.context)
     return {"key": ", ".join(map(str, settings.keys)), "context": names}

@@ -22,7 +22,7 @@ _PROVIDERS: Final[dict[str, Callable[[str], KeyProvider]]] = {
     LocalKms.provider: LocalKms.from_uri,
     Vault.provider: Vault.from_uri,
 }
-_ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")  # AWS KMS API Reference, CreateAlias
+_ALIAS: Final = re.compile(r"alias/(?!aws/)[A-Za-z0-9/_-]{1,250}")  # AWS KMS API Reference, CreateAlias
 _LISTS: Final[dict[str, Callable[[str], Allowed]]] = {
     AwsKms.provider: AllowedKeys.from_uri,
     LocalKms.provider: AllowedLocalKeys.from_uri,
@@ -113,7 +113,8 @@ def fill_key(key: KeyProvider, values: Mapping[str, str]) -> KeyProvider:
     if filled is None or (isinstance(filled, AwsKms) and not _ALIAS.fullmatch(filled.key_id.rpartition(":")[2])):
         what = ", ".join(repr(name) for name in gaps(key.uri))
         raise FormatError(
-            f"with this value of {what}, {key} is no name that a key can have: it has a dot, or is too long"
+            f"with this value of {what}, {key} is no name that a key can have: it has a character that is not allowed "
+            "there, such as a dot, is too long, or is reserved (alias/aws/)"
         )
     return filled
 

@@ -131,10 +131,9 @@ class FakeKms:
     def replicate_key(self, key: str, to: FakeKms) -> str:
         """Make a replica of a multi-Region key in a KMS of another region, and return its ARN."""
         primary = self._find(key)
-        replica = _Key(to._arn_prefix + primary.arn.rpartition(":")[2], primary.secret)
-        with to._lock:
-            to._keys[replica.arn] = replica
-        return replica.arn
+        arn = to._arn_prefix + primary.arn.rpartition(":")[2]
+        to._keys[arn] = _Key(arn, primary.secret)
+        return arn
 
     def disable_key(self, key: str) -> None:
         """Disable a key: nothing can be done with it until `enable_key`."""
@@ -268,8 +267,8 @@ class FakeKms:
     def _list_aliases(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if {("ListAliases", None, user) for user in (None, self._user)} & self._denied:
             raise self._access_denied("ListAliases", "*")
-        key = self._find(request.get("KeyId"))
-        found = sorted(alias for alias, arn in self._aliases.items() if arn == key.arn)
+        arn = self._find(request.get("KeyId")).arn
+        found = sorted(alias for alias, of in self._aliases.items() if of == arn)
         first = int(request.get("Marker", 0))  # one on a page, so that clients have to turn pages
         page = [{"AliasArn": arn, "AliasName": arn.rpartition(":")[2]} for arn in found[first : first + 1]]
         more = {"NextMarker": str(first + 1)} if first + 1 < len(found) else {}

@@ -14,7 +14,6 @@ from typing import Any, Final
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam import typehints
-from apache_beam.portability.api import schema_pb2
 from apache_beam.typehints import arrow_type_compatibility, schemas
 from apache_beam.typehints.row_type import RowTypeConstraint
 
@@ -22,6 +21,7 @@ from beam_envelope.formats.dataset_key import DATASET_KEY, DeterministicEncrypto
 from beam_envelope.formats.keyfile import RAW_CELL_CIPHER, RECORD_CIPHER
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor
+from beam_envelope.formats.row_groups import in_groups
 from beam_envelope.formats.table import Counts, FailedCell, Layout, decrypt_columns, encrypt_columns
 from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.choice import Opened, Values
@@ -36,7 +36,7 @@ from beam_envelope.transforms.elements import (
     read_keys,
     write_keys,
 )
-from beam_envelope.transforms.row_groups import in_groups
+from beam_envelope.transforms.row_tables import RowsToTables, TablesToRows, without_dictionaries
 from beam_envelope.transforms.runner_limits import refuse_on_dask
 
 _TABLES: Final = typehints.Union[pa.Table, pa.RecordBatch]
@@ -382,57 +382,6 @@ def _apply(
             "Parquet has too, or use EncryptFields and DecryptFields"
         ) from None
     after = work.run(before.remove_metadata().empty_table()).schema
-    to_rows = _TablesToRows(_without_dictionaries(after))
-    tables = elements | "Tables" >> beam.ParDo(_RowsToTables()).with_output_types(pa.Table)
+    to_rows = TablesToRows(without_dictionaries(after))
+    tables = elements | "Tables" >> beam.ParDo(RowsToTables()).with_output_types(pa.Table)
     return transform.apply(label, dofn, tables, pa.Table) | "Rows" >> beam.ParDo(to_rows)
-
-
-def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
-    """Return a schema of types that Beam's rows have."""
-    return pa.schema([_plain(schema.field(number)) for number in range(len(schema))])
-
-
-def _plain(of: pa.Field) -> pa.Field:
-    kind = of.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    elif pa.types.is_struct(kind):
-        kind = pa.struct([_plain(kind.field(number)) for number in range(kind.num_fields)])
-    return pa.field(of.name, kind, of.nullable)
-
-
-class _RowsToTables(beam.DoFn):
-    """Takes rows as Beam has batched them, and emits each batch as one element."""
-
-    @beam.DoFn.yields_elements
-    def process_batch(self, batch: Any) -> Iterator[Any]:
-        yield batch
-
-    def get_input_batch_type(self, input_element_type: Any) -> type:
-        return pa.Table
-
-    def infer_output_type(self, input_type: Any) -> type:
-        return pa.Table
-
-
-class _TablesToRows(beam.DoFn):
-    """Emits each table as a batch of rows of a schema."""
-
-    def __init__(self, schema: pa.Schema) -> None:
-        try:
-            self._row = arrow_type_compatibility.beam_schema_from_arrow_schema(schema).SerializeToString()
-        except ValueError as error:
-            raise ValueError(
-                f"Beam's rows cannot have such a column: {error}. Take tables: ReadFromParquetBatched gives them"
-            ) from None
-        self._schema = schema
-
-    @beam.DoFn.yields_batches
-    def process(self, table: Any) -> Iterator[Any]:
-        yield table.cast(self._schema)
-
-    def get_output_batch_type(self, input_element_type: Any) -> type:
-        return pa.Table
-
-    def infer_output_type(self, input_type: Any) -> Any:
-        return schemas.named_tuple_from_schema(schema_pb2.Schema.FromString(self._row))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +17,13 @@ from beam_envelope.formats.arrow_scalar import INT64
 from beam_envelope.formats.dataset_key import DATASET_KEY
 from beam_envelope.formats.keystore import KeyStore
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor, cell_place, refuse_envelope
-from beam_envelope.formats.record_key import DETERMINISTIC_SUITE, PREFIX_BYTES
+from beam_envelope.formats.record_key import DETERMINISTIC_SUITE
 from beam_envelope.formats.value import decode_value, encode_value, register_type
 from beam_envelope.keys.cache import DataKeyPolicy
 from beam_envelope.keys.choice import ElementFields, KeyFields, Opened
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
+from beam_envelope.transforms.cell_text import BASE64_OF_PREFIX, cell_of, from_base64
 from beam_envelope.transforms.elements import (
     DEAD_LETTERS,
     ElementTransform,
@@ -57,9 +57,9 @@ from beam_envelope.transforms.schemas import (
 )
 
 Encoding: TypeAlias = Literal["binary", "base64"]
+Opening: TypeAlias = "tuple[Change, RecordEncryptor | None]"
 
 _NO_FIELDS: Final = ElementFields(())
-_BASE64_OF_PREFIX: Final = 4 * -(-PREFIX_BYTES // 3)  # characters that hold it
 
 
 def _of_micros(kind: Callable[..., Any], payload: bytes) -> Any:
@@ -214,11 +214,8 @@ def _key_fields(
     plan: FieldsPlan, names: Sequence[str], key_fields: KeyFields, record_id: Callable[[Any], str] | None
 ) -> ElementFields:
     """Return what takes from elements what fills templates. Raises ValueError: it is encrypted itself."""
-    both = {path.steps[0] for path in plan.paths}.intersection(names)
-    if both and key_fields is None:
-        name = min(both, key=str)
-        msg = f"the field {name!r} fills the template of the key or context, so it cannot be encrypted itself"
-        raise ValueError(msg)
+    if key_fields is None and (both := sorted({str(path.steps[0]) for path in plan.paths}.intersection(names))):
+        raise ValueError(f"the field {both[0]!r} fills the template of the key or context, so it cannot be encrypted")
     return ElementFields(names, key_fields, record_id)
 
 
@@ -247,9 +244,6 @@ def _shown(plan: FieldsPlan, keys: WriteKeys | ReadKeys) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------ the work
-
-
-Opening: TypeAlias = "tuple[Change, RecordEncryptor | None]"
 
 
 class _Bundle:
@@ -282,8 +276,7 @@ class _FieldsDoFn(KeyUsingDoFn[_Bundle]):
     def process(self, element: Any) -> list[Any]:
         bundle = self.bundle
         try:
-            change = bundle.change or self._chosen(element)
-            changed = change(element)
+            changed = (bundle.change or self._chosen(element))(element)
         except FieldError as error:
             failure = error
         else:
@@ -296,7 +289,7 @@ class _FieldsDoFn(KeyUsingDoFn[_Bundle]):
         return [failed_record(failure.error, record_id=name, field=failure.path, ciphertext=failure.cell)]
 
     def _chosen(self, element: Any) -> Change:
-        """Return what changes an element under the keys that it chooses. Raises FieldError."""
+        """Return what changes an element, under the keys that it chooses. Raises FieldError."""
         try:
             return self.bundle.chosen(self._fields(element))[0]
         except FormatError as error:
@@ -340,7 +333,7 @@ class _EncryptDoFn(_FieldsDoFn):
                 if type(value) is bytes:
                     refuse_envelope(value)
                 elif type(value) is str and value[:1] == "+":  # as the base64 of envelopes begins
-                    refuse_envelope(_from_base64(value[:_BASE64_OF_PREFIX]) or b"")
+                    refuse_envelope(from_base64(value[:BASE64_OF_PREFIX]) or b"")
                 plaintext = encode_value(value)
                 cell: bytes = encrypt(plaintext, place)
             except DEAD_LETTERS as error:
@@ -390,7 +383,7 @@ class _DecryptDoFn(_FieldsDoFn):
             failure: EnvelopeError
             try:
                 if cell is None:
-                    cell = _cell_of(value)
+                    cell = cell_of(value)
                 plaintext = decrypt(cell, scope if cell[:1] == DETERMINISTIC_SUITE else place)
                 opened = decode_value(plaintext)
             except DEAD_LETTERS as error:
@@ -404,21 +397,3 @@ class _DecryptDoFn(_FieldsDoFn):
             raise FieldError(path, failure, None if isinstance(failure, NotEncryptedError) else cell)
 
         return apply
-
-
-def _cell_of(value: Any) -> bytes:
-    """Return the cell that a text is the base64 of."""
-    if type(value) is not str:
-        raise NotEncryptedError(f"it is not encrypted: it is a {type(value).__name__}, and cells are bytes or base64")
-    cell = _from_base64(value)
-    if cell is None:
-        msg = "it is not encrypted: it is a text that is no base64"
-        raise NotEncryptedError(msg)
-    return cell
-
-
-def _from_base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from apache_beam import typehints
 
@@ -22,11 +23,11 @@ from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, check
 from beam_envelope.io.options import Settings
 from beam_envelope.io.shards import open_shard_at
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
-from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import ChosenSources, KeyChoice, PathFields
 from beam_envelope.keys.context import AnyContext
-from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key
-from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.settings import read_choice, write_choice
 from beam_envelope.transforms.file_work import FileDoFn, FilesTransform
 from beam_envelope.transforms.lines import blocks, line_bounds, parse_size, read_header
 from beam_envelope.transforms.metrics import Progress
@@ -52,8 +53,9 @@ class EncryptFiles(FilesTransform):
 
     Args:
         output: the folder, on any Beam filesystem.
-        key: the KMS key, as URI or provider, or several: any one of them opens the shards.
-        context: the encryption context, which a reader has to give again. Nothing secret.
+        key: the KMS key, as URI or provider, or several: any one of them opens the shards. Or templates, which the path
+            of each source fills (`aws-kms://alias/data-{tenant}`; docs/key-choice.md).
+        context: the encryption context, which a reader has to give again. Nothing secret. Its values may be templates.
         split_lines: cut line-delimited files into parts of about this size ("256MiB"), encrypted in parallel. Each part
             ends at a line's end; put together, the parts are the file.
         header_lines: with `split_lines`: repeat so many first lines in each part.
@@ -63,6 +65,8 @@ class EncryptFiles(FilesTransform):
         relative_to: keep paths relative to this folder instead.
         manifest: list the shards in the manifest at or above `output`, under a data key of its own; a new one is made
             where there is none. Results come when that is done.
+        path_fields: where in a path is what fills the templates: `{tenant}/*.csv`. Default: folders say it
+            (`tenant=acme/`).
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `EncryptPlan` and
@@ -73,7 +77,7 @@ class EncryptFiles(FilesTransform):
         ...     p | beam.Create(["data/*.csv"]) | EncryptFiles("sealed/", key="aws-kms://alias/etl")
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # plain keyword arguments
         self,
         output: str,
         *,
@@ -86,6 +90,7 @@ class EncryptFiles(FilesTransform):
         policy: DataKeyPolicy | None = None,
         relative_to: str | None = None,
         manifest: bool = True,
+        path_fields: str | None = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         if header_lines < 0 or (header_lines and split_lines is None):
@@ -100,11 +105,15 @@ class EncryptFiles(FilesTransform):
         if compression not in COMPRESSIONS:
             msg = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
             raise ValueError(msg)
-        work = _EncryptDoFn(
-            chosen_keys(key), written_context(context), compression, if_exists, header_lines, policy or DataKeyPolicy()
-        )
+        choice = write_choice(key, context)
+        fields = PathFields(choice.names, path_fields)
+        work = _EncryptDoFn(choice, fields, compression, if_exists, header_lines, policy or DataKeyPolicy())
         super().__init__(plan, work)
         self.lists = manifest
+
+    def key_choices(self, source: str) -> tuple[KeyChoice, ...]:
+        """Return the keys and the context that generate data keys for a source. Raises FormatError."""
+        return (cast("_EncryptDoFn", self.work).choice_of(source),)
 
 
 class DecryptFiles(FilesTransform):
@@ -115,12 +124,14 @@ class DecryptFiles(FilesTransform):
 
     Args:
         output: the folder, on any Beam filesystem.
-        key: the KMS key, as URI or provider, or several, any of which may open a shard.
+        key: the KMS key, as URI or provider, or several, any of which may open a shard; `AllowedKeys`; or templates,
+            which the path of each shard fills.
         context: the encryption context that the shards were written with, or `ANY_CONTEXT`.
         if_exists: what to do when a file exists: "error", "skip" it if it has the right size, or "overwrite" it.
         relative_to: keep paths relative to this folder instead of the fixed part of the pattern.
         manifest: "use": where a manifest is at or above the shards, it has to list them; "require": there has to be
             one; "ignore" it.
+        path_fields: as `EncryptFiles` has it, of the shards' paths.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `DecryptPlan` and
@@ -140,17 +151,17 @@ class DecryptFiles(FilesTransform):
         if_exists: IfExists = "error",
         relative_to: str | None = None,
         manifest: ManifestMode = "use",
+        path_fields: str | None = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
-        keys = chosen_keys(key)
-        expected = expected_context(context)
+        choice = read_choice(key, context)
         plan = DecryptPlan(
             as_folder(output),
             checked_if_exists(if_exists),
             None if relative_to is None else as_folder(relative_to),
-            ManifestReader(checked_mode(manifest), keys, expected),
+            ManifestReader(checked_mode(manifest), choice.keys, choice.pairs, path_fields),
         )
-        super().__init__(plan, ShardReaderDoFn(keys, expected, if_exists))
+        super().__init__(plan, ShardReaderDoFn(choice, PathFields(choice.names, path_fields), if_exists))
 
 
 @typehints.with_output_types(EncryptedFile)
@@ -159,38 +170,39 @@ class _EncryptDoFn(FileDoFn):
 
     def __init__(
         self,
-        keys: tuple[KeyProvider, ...],
-        context: dict[str, str],
+        choice: KeyChoice,
+        fields: PathFields,
         compression: str,
         if_exists: IfExists,
         header_lines: int,
         policy: DataKeyPolicy,
     ) -> None:
-        self._keys, self._context, self._policy = keys, context, policy
+        self._choice, self._fields, self._policy = choice, fields, policy
         self._compression, self._if_exists, self._header_lines = compression, if_exists, header_lines
-        self._source: DataKeySource | None = None
+        self._sources: ChosenSources | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the data keys behind: only configuration travels."""
-        return {**self.__dict__, "_source": None}
+        return {**self.__dict__, "_sources": None}
+
+    def choice_of(self, source: str) -> KeyChoice:
+        """Return the keys and the context of a source. Raises FormatError: its path does not say."""
+        return self._choice.filled(self._fields(source))
 
     def settings(self) -> dict[str, Any]:
         return {
-            "key": ", ".join(map(str, self._keys)),
-            "context": ", ".join(self._context),
+            "key": ", ".join(map(str, self._choice.keys)),
+            "context": ", ".join(self._choice.pairs),  # type: ignore[arg-type]  # a writer's is never ANY_CONTEXT
             "compression": self._compression,
         }
 
     def start_bundle(self) -> None:
-        if self._policy.reuse == "worker":
-            self._source = shared_source(self._keys, self._context, self._policy)
-        else:
-            self._source = DataKeySource(self._keys, self._context, self._policy)
+        self._sources = ChosenSources(self._choice, self._policy)
 
     def finish_bundle(self) -> None:
-        if self._source is not None and self._policy.reuse == "bundle":
-            self._source.close()
-        self._source = None
+        if self._sources is not None:
+            self._sources.close()
+        self._sources = None
 
     def teardown(self) -> None:
         self.finish_bundle()
@@ -217,9 +229,10 @@ class _EncryptDoFn(FileDoFn):
     ) -> EncryptedFile:
         begin, end, header = text
         try:
-            with self._source.take(len(header) + end - begin) as data_key:  # type: ignore[union-attr]  # set by start_bundle
+            keys, context = self._sources.of(self._fields(task.source))  # type: ignore[union-attr]  # set by start_bundle
+            with keys.take(len(header) + end - begin) as data_key:
                 name = split_path(task.source)[1]
-                writer = ShardWriter(output, data_key, self._context, compression=self._compression, name=name)
+                writer = ShardWriter(output, data_key, context, compression=self._compression, name=name)
         except BaseException:
             output.abort()
             raise
@@ -247,7 +260,9 @@ class _EncryptDoFn(FileDoFn):
     def listed(self, result: EncryptedFile) -> tuple[WrittenShard, Settings]:
         # How much is in a compressed shard that was there already is known of its source only.
         entry = ManifestEntry(result.shard_id, result.ciphertext_bytes, result.plaintext_bytes)
-        return WrittenShard(result.shard, entry, not result.skipped), Settings(self._keys, self._context)
+        choice = self.choice_of(result.source)
+        context: Any = choice.pairs  # a writer's is never ANY_CONTEXT
+        return WrittenShard(result.shard, entry, not result.skipped), Settings(choice.keys, context)
 
     def _finished(self, task: Task, plaintext_bytes: int) -> EncryptedFile | None:
         """Return what is there, if it is whole: a key file of this dataset and a shard of the right size beside it.
@@ -264,7 +279,7 @@ class _EncryptDoFn(FileDoFn):
             held = plaintext_size(size)
         except (FileNotFoundError, FormatError, TruncatedError):
             return None
-        if key_file.context != self._context:
+        if key_file.context != self.choice_of(task.source).pairs:
             msg = (
                 f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. "
                 "Choose another output"
@@ -290,20 +305,19 @@ class ShardReaderDoFn(FileDoFn):
 
     label = "Decrypt"
 
-    def __init__(
-        self, keys: tuple[KeyProvider, ...], context: Mapping[str, str] | AnyContext, if_exists: IfExists
-    ) -> None:
+    def __init__(self, choice: KeyChoice, fields: PathFields, if_exists: IfExists) -> None:
         """Hold configuration only."""
-        self._keys, self._context, self._if_exists = keys, context, if_exists
+        self._choice, self._fields, self._if_exists = choice, fields, if_exists
 
     def settings(self) -> dict[str, Any]:
         """Return the keys, and the names in the context."""
-        names = "any" if isinstance(self._context, AnyContext) else ", ".join(self._context)
-        return {"key": ", ".join(map(str, self._keys)), "context": names}
+        context = self._choice.pairs
+        names = "any" if isinstance(context, AnyContext) else ", ".join(context)
+        return {"key": ", ".join(map(str, self._choice.keys)), "context": names}
 
     def check(self, task: Task) -> None:
         """Open a shard."""
-        key_file, shard = open_shard_at(task.source, self._keys, self._context)
+        key_file, shard = self._open(task, None)
         shard.close()
         check_shard_id(task.source, key_file, task.shard_id)
 
@@ -313,7 +327,7 @@ class ShardReaderDoFn(FileDoFn):
 
     def decrypt(self, task: Task, progress: Progress, raw_key_file: bytes | None) -> DecryptedFile:
         """Do one task whose key file may have been read already."""
-        key_file, shard = open_shard_at(task.source, self._keys, self._context, raw_key_file)
+        key_file, shard = self._open(task, raw_key_file)
         with shard:
             check_shard_id(task.source, key_file, task.shard_id)
             key_id = key_file.data_keys[0].key_id.hex()
@@ -339,3 +353,7 @@ class ShardReaderDoFn(FileDoFn):
         progress.add("bytes_ciphertext", task.size)
         progress.add("files")
         return DecryptedFile(task.source, task.target, total, task.size, key_id, skipped=False)
+
+    def _open(self, task: Task, raw_key_file: bytes | None) -> tuple[KeyFile, io.BufferedReader]:
+        choice = self._choice.filled(self._fields(task.source))
+        return open_shard_at(task.source, choice.keys, choice.pairs, raw_key_file)

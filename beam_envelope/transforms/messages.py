@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import apache_beam as beam
+
 from beam_envelope.formats.esdk import CommitmentPolicy, MessageDecryptor, MessageEncryptor
 from beam_envelope.keys import cache
 from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
@@ -32,6 +34,12 @@ class MessageWriteKeys:
         choice = KeyChoice(self.keys, self.context).filled(values)
         context: Any = choice.context  # a writer's is never ANY_CONTEXT
         return replace(self, keys=choice.keys, context=context)
+
+    def for_input(self, elements: beam.PCollection[Any]) -> MessageWriteKeys:
+        """Return the same with a policy that fits the input: an unbounded one has bundles of a single element."""
+        if self.policy is not None:
+            return self
+        return replace(self, policy=DataKeyPolicy("bundle" if elements.is_bounded else "worker"))
 
     def encryptor(self) -> BundleMessages:
         """Return the encryptor of a bundle."""

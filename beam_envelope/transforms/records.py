@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import apache_beam as beam
@@ -46,7 +46,7 @@ from beam_envelope.transforms.messages import MessageReadKeys, MessageWriteKeys
 RecordFormat: TypeAlias = Literal["compact", "aws-encryption-sdk"]
 Place: TypeAlias = "bytes | Callable[[Any], bytes | str]"
 Crypt: TypeAlias = "Callable[[bytes, bytes], bytes]"
-Opening: TypeAlias = "tuple[Crypt, Callable[[], None] | None]"
+Close: TypeAlias = "Callable[[], None] | None"
 _MESSAGES: Final = "aws-encryption-sdk"
 _FORMATS: Final = ("compact", _MESSAGES)
 _NO_FIELDS: Final = ElementFields(())
@@ -61,7 +61,7 @@ class _Work:
         self,
         crypt: Crypt | None,
         coding: Callable[[Any], Any] | None,
-        close: Callable[[], None] | None = None,
+        close: Close = None,
         chosen: Callable[[Any], Crypt] | None = None,
     ) -> None:
         self.crypt, self.coding, self.close, self.chosen = crypt, coding, close, chosen
@@ -101,13 +101,15 @@ class _Form:
 
 
 def _work(
-    fields: ElementFields, opened: Callable[[Any], Opening], keys: Any, coding: Callable[[Any], Any] | None
+    fields: ElementFields, opened: Callable[[Any], tuple[Crypt, Close]], keys: Any, coding: Callable[[Any], Any] | None
 ) -> _Work:
     """Return the work of a bundle; of templates, what each choice of keys needs is opened when an element is of it."""
     if not fields.names:
         crypt, close = opened(keys)
         return _Work(crypt, coding, close)
-    chosen: Opened[Opening] = Opened(lambda values: opened(keys.filled(values)), lambda each: each[1] and each[1]())
+    chosen: Opened[tuple[Crypt, Close]] = Opened(
+        lambda values: opened(keys.filled(values)), lambda each: each[1] and each[1]()
+    )
     return _Work(None, coding, chosen.close, lambda element: chosen(fields(element))[0])
 
 
@@ -127,7 +129,7 @@ class _EncryptDoFn(KeyUsingDoFn[_Work]):
     def open(self) -> _Work:
         return _work(self._fields, self._opened, self._keys, None if self._coder is None else self._coder.encode)
 
-    def _opened(self, keys: WriteKeys | MessageWriteKeys) -> Opening:
+    def _opened(self, keys: WriteKeys | MessageWriteKeys) -> tuple[Crypt, Close]:
         if isinstance(keys, MessageWriteKeys):
             messages = keys.encryptor()
             return messages.encrypt, messages.close
@@ -185,7 +187,7 @@ class _DecryptDoFn(KeyUsingDoFn[_Work]):
         return _work(self._fields, self._opened, self._keys, None if self._coder is None else self._coder.decode)
 
     @staticmethod
-    def _opened(keys: ReadKeys | MessageReadKeys) -> Opening:
+    def _opened(keys: ReadKeys | MessageReadKeys) -> tuple[Crypt, Close]:
         if isinstance(keys, MessageReadKeys):
             messages = keys.decryptor()
             return lambda message, _place: messages.decrypt(message, "this record"), None
@@ -289,7 +291,7 @@ class EncryptRecords(ElementTransform):
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
         """Return the envelopes."""
-        keys = _fitting(self._keys, elements)
+        keys = self._keys.for_input(elements)
         dofn = _EncryptDoFn(keys, self._form, self._record_id, siv=self._siv, fields=self._fields)
         records = typehints.Union[bytes, str] if self._form.coder is None else typehints.Any
         dofn.with_input_types(self._form.hint(records))
@@ -355,8 +357,7 @@ class DecryptRecords(ElementTransform):
         if self._fields.names and key_fields is None:
             raise ValueError(
                 f"an envelope does not say {', '.join(map(repr, self._fields.names))}, which the template needs: give "
-                "key_fields=, a function of the element (with keyed=True, of message key and envelope); or say which "
-                "keys may open records with AllowedKeys"
+                "key_fields=, a function of the element; or say which keys may open records with AllowedKeys"
             )
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
@@ -386,14 +387,6 @@ def _check_format(format: str, keys: object, aad: Aad) -> None:  # noqa: A002
             "keys= is missing: a compact envelope only names its key, so without a key store nobody could ever open "
             "it. Give a folder, such as keys='s3://bucket/keys/', or format='aws-encryption-sdk'"
         )
-
-
-def _fitting(keys: WriteKeys | MessageWriteKeys, elements: beam.PCollection[Any]) -> WriteKeys | MessageWriteKeys:
-    if isinstance(keys, WriteKeys):
-        return keys.for_input(elements)
-    if keys.policy is not None:
-        return keys
-    return replace(keys, policy=DataKeyPolicy("bundle" if elements.is_bounded else "worker"))
 
 
 def _display(keys: WriteKeys | ReadKeys | MessageWriteKeys | MessageReadKeys, form: _Form) -> dict[str, Any]:

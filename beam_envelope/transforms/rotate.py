@@ -26,7 +26,7 @@ from beam_envelope.io.manifest import read_manifest
 from beam_envelope.io.store import LocalStore, split_path, store_of
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import KeyProvider, kms_calls
-from beam_envelope.keys.uri import Key, open_key, open_keys
+from beam_envelope.keys.uri import Key, open_keys
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import FailedFile
 from beam_envelope.transforms.row_types import register_rows
@@ -72,7 +72,8 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
     left alone. A data key that many files share is one request to the KMS.
 
     Args:
-        source: the KMS key to rotate from, or several: those that open what is there. New forms are made of theirs.
+        source: the KMS key to rotate from, or several: those that open what is there. New forms are made of theirs. Or
+            `AllowedKeys`, for a dataset under the keys of many tenants.
         to: the KMS key to rotate to. The same as `source`: anew under its newest version.
         add: KMS keys that are to open the data as well.
         remove: KMS keys that are to open it no longer; then a key of `source` is one that stays.
@@ -104,7 +105,10 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
             msg = f"max_requests_per_s is above 0, not {max_requests_per_s}"
             raise ValueError(msg)
         self.rotation = Rotation(
-            _several(source), None if to is None else open_key(to), _several(add), _several(remove)
+            _several(source, lists=True),
+            None if to is None else open_keys(to, lists=False)[0],
+            _several(add),
+            _several(remove),
         )
         self._dry_run, self._rate = dry_run, max_requests_per_s
         self._handler: Any = None
@@ -297,8 +301,8 @@ class _Pace:
                 self._next = time.monotonic() + self._interval_s
 
 
-def _several(keys: Key | Sequence[Key]) -> tuple[Any, ...]:
-    return () if isinstance(keys, (list, tuple)) and not keys else open_keys(keys)
+def _several(keys: Key | Sequence[Key], *, lists: bool = False) -> tuple[Any, ...]:
+    return () if isinstance(keys, (list, tuple)) and not keys else open_keys(keys, lists=lists)
 
 
 class _Inline:

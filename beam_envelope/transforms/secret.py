@@ -54,7 +54,7 @@ class AwsKmsSecret(Secret):
     ) -> None:
         """Check the arguments; nothing is called yet."""
         super().__init__()
-        self._keys, self._store = chosen_keys(key), open_key_store(keys)
+        self._keys, self._store = chosen_keys(key, lists=False), open_key_store(keys)
         self._context, self._name = tuple(written_context(context).items()), checked_key_name(name)
 
     def get_secret_bytes(self) -> bytes:

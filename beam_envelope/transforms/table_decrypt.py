@@ -22,8 +22,8 @@ from beam_envelope.io.table_source import (
     batch_rows,
     cut,
 )
+from beam_envelope.keys.choice import KeyChoice, PathFields
 from beam_envelope.keys.context import AnyContext
-from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.transforms.elements import ReadKeys
 from beam_envelope.transforms.file_work import FileDoFn
 from beam_envelope.transforms.metrics import Progress
@@ -94,8 +94,8 @@ class DecryptParquetDoFn(DecryptDoFn):
 
     def __init__(
         self,
-        keys: tuple[KeyProvider, ...],
-        context: Mapping[str, str] | AnyContext,
+        choice: KeyChoice,
+        fields: PathFields,
         columns: Sequence[str] | None,
         on_denied: OnDenied,
         form: Form,
@@ -103,14 +103,15 @@ class DecryptParquetDoFn(DecryptDoFn):
     ) -> None:
         """Hold configuration only."""
         super().__init__(form, if_exists)
-        self._keys, self._context, self._on_denied = keys, context, on_denied
+        self._choice, self._fields, self._on_denied = choice, fields, on_denied
         self._columns = None if columns is None else list(columns)
 
     def settings(self) -> dict[str, Any]:
         """Return the keys, the names of the columns, and the names in the context."""
-        names = "any" if isinstance(self._context, AnyContext) else ", ".join(self._context)
+        context = self._choice.pairs
+        names = "any" if isinstance(context, AnyContext) else ", ".join(context)
         columns = "all" if self._columns is None else ", ".join(self._columns)
-        keys = ", ".join(map(str, self._keys))
+        keys = ", ".join(map(str, self._choice.keys))
         return {"key": keys, "context": names, "columns": columns, "on_denied": self._on_denied}
 
     def check(self, task: Task) -> None:
@@ -137,8 +138,9 @@ class DecryptParquetDoFn(DecryptDoFn):
             return self.write(task, tables, schema, lambda _: options, key_id, progress)
 
     def _open(self, task: Task) -> EncryptedParquetReader:
+        choice = self._choice.filled(self._fields(task.source))
         return open_parquet_at(
-            task.source, self._keys, self._context, on_denied=self._on_denied, shard_id=task.shard_id
+            task.source, choice.keys, choice.pairs, on_denied=self._on_denied, shard_id=task.shard_id
         )
 
 
@@ -153,10 +155,11 @@ class DecryptCellsDoFn(DecryptDoFn):
         scopes: Mapping[str, str],
         form: Form,
         if_exists: IfExists,
+        fields: PathFields,
     ) -> None:
         """Hold configuration only."""
         super().__init__(form, if_exists)
-        self._keys, self._scopes = keys, dict(scopes)
+        self._keys, self._scopes, self._fields = keys, dict(scopes), fields
         self._columns = None if columns is None else tuple(columns)
 
     def settings(self) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class DecryptCellsDoFn(DecryptDoFn):
             columns = self._columns_of(source)
             for group in source.groups():
                 for batch in group:
-                    self._open(pa.Table.from_batches([batch.slice(0, 1)]), columns, self._keys.decryptor())
+                    self._open(pa.Table.from_batches([batch.slice(0, 1)]), columns, self._decryptor(task))
                     return
 
     def do(self, task: Task, progress: Progress) -> DecryptedTable:
@@ -183,7 +186,7 @@ class DecryptCellsDoFn(DecryptDoFn):
         with about(task.source), ParquetSource(task.source, task.size) as source:
             if (kept := self.skipped(task, source.num_rows, "", progress)) is not None:
                 return kept
-            columns, decryptor = self._columns_of(source), self._keys.decryptor()
+            columns, decryptor = self._columns_of(source), self._decryptor(task)
             counts = Counts()
             sealed = cut(source.groups(), self._form.row_group_rows, MAX_GROUP_BYTES)
             tables = (self._open(table, columns, decryptor, counts) for table in sealed)
@@ -192,6 +195,9 @@ class DecryptCellsDoFn(DecryptDoFn):
             result = self.write(task, tables, schema, partial(self._form.options, source), "", progress)
             progress.add("cells_decrypted", counts.of["cells_decrypted"])
             return result
+
+    def _decryptor(self, task: Task) -> RecordDecryptor:
+        return self._keys.filled(self._fields(task.source)).decryptor()
 
     def _columns_of(self, source: ParquetSource) -> Sequence[str]:
         columns = encrypted_columns(source.schema) if self._columns is None else self._columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -14,22 +15,22 @@ from beam_envelope.errors import ContextMismatchError, FormatError
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, PARQUET_CIPHER, KeyFile
 from beam_envelope.formats.manifest import ManifestEntry
 from beam_envelope.formats.parquet_columns import leaf_paths
-from beam_envelope.formats.parquet_keys import ColumnKeys
+from beam_envelope.formats.parquet_keys import ColumnChoice
 from beam_envelope.formats.parquet_source import MAGIC
 from beam_envelope.formats.parquet_writer import EncryptedParquetWriter
 from beam_envelope.formats.record import RecordEncryptor
 from beam_envelope.formats.table import Counts, Layout, encrypt_columns
 from beam_envelope.io.manifest import WrittenShard
 from beam_envelope.io.options import Settings
-from beam_envelope.io.parquet_bundle import CountingOutput
+from beam_envelope.io.parquet_bundle import BundleKeys, CountingOutput
 from beam_envelope.io.store import key_file_path, read_small, split_path, store_of
 from beam_envelope.io.table_parquet import ParquetSource, PlainParquetWriter
 from beam_envelope.io.table_source import (
     TextTypes,
     cut,
 )
-from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
-from beam_envelope.keys.provider import DataKey, KeyProvider
+from beam_envelope.keys.choice import KeyChoice, Opened, PathFields, Values
+from beam_envelope.keys.provider import DataKey
 from beam_envelope.transforms.elements import WriteKeys
 from beam_envelope.transforms.file_work import FileDoFn
 from beam_envelope.transforms.metrics import Progress
@@ -44,29 +45,35 @@ class EncryptDoFn(FileDoFn):
 
     label = "Encrypt"
 
-    def __init__(self, types: TextTypes, form: Form, if_exists: IfExists) -> None:
+    def __init__(self, types: TextTypes, form: Form, if_exists: IfExists, fields: PathFields) -> None:
         """Hold configuration only."""
-        self._types, self._form, self._if_exists = types, form, if_exists
+        self._types, self._form, self._if_exists, self._fields = types, form, if_exists, fields
 
     @abc.abstractmethod
     def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
         """Return the schema of what is written. Raises ValueError, TypeError, KeyError: its columns do not go."""
 
     @abc.abstractmethod
-    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
-        """Return what is written for a table."""
+    def seal(self, table: pa.Table, values: Values, progress: Progress) -> pa.Table:
+        """Return what is written for a table; the values fill the templates of keys."""
 
     @abc.abstractmethod
-    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
-        """Start a file."""
+    def writer(
+        self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int, values: Values
+    ) -> Writer:
+        """Start a file; the values fill the templates of keys."""
 
     @abc.abstractmethod
     def finished(self, task: Task) -> tuple[str, str] | None:
         """Return the key id and shard id of what is there, if it is whole and belongs to this dataset; else None."""
 
     @abc.abstractmethod
-    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
-        """Return the KMS keys that have to generate data keys: of each group, the first generates, the others wrap."""
+    def key_choices(self, source: str) -> tuple[KeyChoice, ...]:
+        """Return the KMS keys and the context that generate data keys for a source.
+
+        Raises:
+            FormatError: its path does not say what fills a template.
+        """
 
     def check(self, task: Task) -> None:
         """Look at the schema of a file. Raises FormatError: columns that were named do not go, or are not there."""
@@ -75,6 +82,7 @@ class EncryptDoFn(FileDoFn):
 
     def do(self, task: Task, progress: Progress) -> EncryptedTable:
         """Encrypt one file."""
+        values = self._fields(task.source)
         there = store_of(task.target).size(task.target) if self._if_exists == "skip" else None
         if there is not None and (ids := self.finished(task)) is not None:
             progress.add("files_skipped")
@@ -93,7 +101,7 @@ class EncryptDoFn(FileDoFn):
             store = store_of(task.target)
             output = CountingOutput(store.create(task.target, overwrite=True, size_hint=task.size))
             try:
-                writer = self.writer(output, schema, options, task.size)
+                writer = self.writer(output, schema, options, task.size, values)
             except BaseException:
                 output.abort()
                 raise
@@ -101,7 +109,7 @@ class EncryptDoFn(FileDoFn):
                 done = 0
                 while table is not None:
                     rows = table.num_rows
-                    writer.write_table(self.seal(table, progress), rows)
+                    writer.write_table(self.seal(table, values, progress), rows)
                     del table  # before the next one comes
                     now = source.done_bytes()
                     progress.add("rows", rows)
@@ -131,21 +139,21 @@ class EncryptParquetDoFn(EncryptDoFn):
 
     def __init__(
         self,
-        column_keys: ColumnKeys,
-        context: Mapping[str, str],
-        policy: DataKeyPolicy,
+        chosen: ColumnChoice,
         types: TextTypes,
         form: Form,
         if_exists: IfExists,
+        fields: PathFields,
     ) -> None:
         """Hold configuration only."""
-        super().__init__(types, form, if_exists)
-        self._column_keys, self._context, self._policy = column_keys, dict(context), policy
-        self._sources: list[DataKeySource] = []
+        super().__init__(types, form, if_exists, fields)
+        self._chosen = chosen
+        self._column_keys, self._context = chosen.column_keys, dict(chosen.context)
+        self._opened: Opened[BundleKeys] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the data keys behind: only configuration travels."""
-        return {**self.__dict__, "_sources": []}
+        return {**self.__dict__, "_opened": None}
 
     def settings(self) -> dict[str, Any]:
         """Return the keys, the names of the columns, and the names in the context."""
@@ -157,41 +165,43 @@ class EncryptParquetDoFn(EncryptDoFn):
 
     def start_bundle(self) -> None:
         """Get ready to ask for the data keys of the bundle: one for each group of KMS keys, over all its files."""
-        make = shared_source if self._policy.reuse == "worker" else DataKeySource
-        self._sources = [make(group, self._context, self._policy) for group in self._column_keys.groups]
+        self._opened = Opened(lambda values: BundleKeys(self._chosen.filled(values)), BundleKeys.close)
 
     def finish_bundle(self) -> None:
         """Erase them; those of the process live on."""
-        sources, self._sources = self._sources, []
-        if self._policy.reuse == "bundle":
-            for source in sources:
-                source.close()
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
     def teardown(self) -> None:
         """Erase them, also after an error."""
         self.finish_bundle()
 
-    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
-        """Return the groups of the columns' keys."""
-        return self._column_keys.groups
+    def key_choices(self, source: str) -> tuple[KeyChoice, ...]:
+        """Return one for each group of the columns' keys."""
+        chosen = self._chosen.filled(self._fields(source))
+        return tuple(KeyChoice(group, tuple(chosen.context.items())) for group in chosen.column_keys.groups)
 
     def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
         """Return the same schema: only the bytes are encrypted."""
         self._column_keys.assign(leaf_paths(schema, {}))
         return schema
 
-    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
+    def seal(self, table: pa.Table, values: Values, progress: Progress) -> pa.Table:
         """Return the same table."""
         return table
 
-    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
+    def writer(
+        self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int, values: Values
+    ) -> Writer:
         """Start a file under the bundle's data keys; its own keys are fresh."""
         data_keys: list[DataKey] = []
         try:
-            data_keys.extend(source.take(n_bytes) for source in self._sources)
-            name = split_path(output.name)[1]
+            keys = self._opened(values)  # type: ignore[misc]  # set by start_bundle
+            data_keys.extend(source.take(n_bytes) for source in keys.sources)
+            name, chosen = split_path(output.name)[1], keys.chosen
             return EncryptedParquetWriter(
-                output, schema, data_keys, self._column_keys, self._context, name=name, options=options
+                output, schema, data_keys, chosen.column_keys, chosen.context, name=name, options=options
             )
         finally:
             for data_key in data_keys:
@@ -200,9 +210,9 @@ class EncryptParquetDoFn(EncryptDoFn):
     def listed(self, result: EncryptedTable) -> tuple[WrittenShard, Settings]:
         """Return the file; its section is under the keys of the footer."""
         entry = ManifestEntry(result.shard_id, result.ciphertext_bytes, records=result.rows)
-        return WrittenShard(result.table, entry, not result.skipped), Settings(
-            self._column_keys.groups[0], self._context
-        )
+        chosen = self._chosen.filled(self._fields(result.source))
+        settings = Settings(chosen.column_keys.groups[0], chosen.context)
+        return WrittenShard(result.table, entry, not result.skipped), settings
 
     def finished(self, task: Task) -> tuple[str, str] | None:
         """Return the ids, if there is a key file of this dataset, and the file beside it is whole."""
@@ -211,7 +221,7 @@ class EncryptParquetDoFn(EncryptDoFn):
             key_file = KeyFile.from_bytes(raw, f"the key file of {task.target}")
         except (FileNotFoundError, FormatError):
             return None
-        if key_file.context != self._context:
+        if key_file.context != self._chosen.filled(self._fields(task.source)).context:
             msg = (
                 f"{task.target} exists and belongs to another dataset: its context is {dict(key_file.context)}. "
                 "Choose another output"
@@ -236,16 +246,17 @@ class EncryptCellsDoFn(EncryptDoFn):
         types: TextTypes,
         form: Form,
         if_exists: IfExists,
+        fields: PathFields,
     ) -> None:
         """Hold configuration only."""
-        super().__init__(types, form, if_exists)
+        super().__init__(types, form, if_exists, fields)
         self._keys, self._columns = keys, tuple(columns)
         self._deterministic, self._layout = dict(deterministic), layout
-        self._encryptor: RecordEncryptor | None = None
+        self._opened: Opened[tuple[WriteKeys, RecordEncryptor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the data keys behind: only configuration travels."""
-        return {**self.__dict__, "_encryptor": None}
+        return {**self.__dict__, "_opened": None}
 
     def settings(self) -> dict[str, Any]:
         """Return the keys, the names of the columns, and the names in the context."""
@@ -260,39 +271,45 @@ class EncryptCellsDoFn(EncryptDoFn):
 
     def start_bundle(self) -> None:
         """Get ready to ask for the data key of the bundle."""
-        self._encryptor = self._keys.encryptor()
+        self._opened = Opened(self._open, lambda opened: self._keys.release(opened[1]))
+
+    def _open(self, values: Values) -> tuple[WriteKeys, RecordEncryptor]:
+        keys = self._keys.filled(values)
+        return keys, keys.encryptor()
 
     def finish_bundle(self) -> None:
         """Erase it; that of the process lives on."""
-        encryptor, self._encryptor = self._encryptor, None
-        if encryptor is not None:
-            self._keys.release(encryptor)
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
     def teardown(self) -> None:
         """Erase it, also after an error."""
         self.finish_bundle()
 
-    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
-        """Return the one group."""
-        return (self._keys.keys,)
+    def key_choices(self, source: str) -> tuple[KeyChoice, ...]:
+        """Return the one."""
+        keys = self._keys.filled(self._fields(source))
+        return (KeyChoice(keys.keys, keys.context),)
 
     def sealed_schema(self, schema: pa.Schema) -> pa.Schema:
         """Return the schema with binary columns for those that are encrypted."""
-        encryptor = self._encryptor or self._keys.encryptor()  # an empty table needs no key
+        encryptor = replace(self._keys, policy=None).encryptor()  # an empty table needs no key
         sealed = encrypt_columns(
             schema.empty_table(), self._columns, encryptor, deterministic=self._deterministic, layout=self._layout
         )
         return sealed.schema
 
-    def seal(self, table: pa.Table, progress: Progress) -> pa.Table:
+    def seal(self, table: pa.Table, values: Values, progress: Progress) -> pa.Table:
         """Return the table with encrypted cells."""
         counts = Counts()
+        keys, encryptor = self._opened(values)  # type: ignore[misc]  # set by start_bundle
         sealed = encrypt_columns(
             table,
             self._columns,
-            self._encryptor,  # type: ignore[arg-type]  # set by start_bundle
+            encryptor,
             deterministic=self._deterministic,
-            dataset_key=self._keys.deterministic() if self._deterministic else None,
+            dataset_key=keys.deterministic() if self._deterministic else None,
             layout=self._layout,
             policy=self._keys.policy,
             counts=counts,
@@ -300,7 +317,9 @@ class EncryptCellsDoFn(EncryptDoFn):
         progress.add("cells_encrypted", counts.of["cells_encrypted"])
         return sealed
 
-    def writer(self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int) -> Writer:
+    def writer(
+        self, output: CountingOutput, schema: pa.Schema, options: Mapping[str, Any], n_bytes: int, values: Values
+    ) -> Writer:
         """Start a plain file."""
         return PlainParquetWriter(output, schema, options)
 

@@ -11,17 +11,17 @@ from apache_beam import typehints
 from beam_envelope.formats.dataset_key import DATASET_KEY
 from beam_envelope.formats.keyfile import MAX_KEY_FILE_BYTES, PARQUET_CIPHER, RAW_CELL_CIPHER, RECORD_CIPHER, KeyFile
 from beam_envelope.formats.keystore import KeyStore
-from beam_envelope.formats.parquet_keys import ColumnKeys
+from beam_envelope.formats.parquet_keys import ColumnChoice, ColumnKeys
 from beam_envelope.formats.parquet_reader import OnDenied
 from beam_envelope.formats.table import Layout
 from beam_envelope.io.manifest_reader import ManifestMode, ManifestReader, checked_mode
 from beam_envelope.io.store import key_file_path, read_small
 from beam_envelope.io.table_source import CsvTypes, TextTypes
 from beam_envelope.keys.cache import DataKeyPolicy
+from beam_envelope.keys.choice import KeyChoice, PathFields
 from beam_envelope.keys.context import AnyContext
-from beam_envelope.keys.provider import KeyProvider
 from beam_envelope.keys.uri import Key
-from beam_envelope.settings import chosen_keys, expected_context, written_context
+from beam_envelope.settings import chosen_keys, read_choice, written_context
 from beam_envelope.transforms.elements import read_keys, write_keys
 from beam_envelope.transforms.file_work import FileDoFn, FilesTransform
 from beam_envelope.transforms.files import DecryptFiles, ShardReaderDoFn
@@ -69,6 +69,8 @@ class EncryptTables(FilesTransform):
         relative_to: keep paths relative to this folder instead.
         manifest: list the files in the manifest at or above `output`, under a data key of its own; a new one is made
             where there is none. Results come when that is done. With `cells` there is none: the files are plain.
+        path_fields: where in a path is what fills templates in keys and context: `{tenant}/*.csv`. Default: folders say
+            it (`tenant=acme/`); docs/key-choice.md.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs: FormatError for a file
@@ -99,6 +101,7 @@ class EncryptTables(FilesTransform):
         policy: DataKeyPolicy | None = None,
         relative_to: str | None = None,
         manifest: bool = True,
+        path_fields: str | None = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         plan = TablesPlan(
@@ -118,20 +121,21 @@ class EncryptTables(FilesTransform):
                 raise ValueError("raw cells are not deterministic: leave deterministic out, or take layout='compact'")
             cipher = RAW_CELL_CIPHER if layout == "raw" else RECORD_CIPHER
             kept = write_keys(key, cast("str", keys), context, policy or DataKeyPolicy(), DATASET_KEY, cipher)
-            work = EncryptCellsDoFn(kept, tuple(named), scopes, layout, types, form, if_exists)
+            fields = PathFields(kept.names, path_fields)
+            work = EncryptCellsDoFn(kept, tuple(named), scopes, layout, types, form, if_exists, fields)
         else:
             _refuse_for_cells(keys=keys, deterministic=scopes, layout=None if layout == "compact" else layout)
-            key = chosen_keys(key)
-            column_keys = ColumnKeys.of(key, {name: key if own is None else own for name, own in named.items()})
-            pairs = written_context(context)
-            work = EncryptParquetDoFn(column_keys, pairs, policy or DataKeyPolicy(), types, form, if_exists)
+            key = chosen_keys(key, templates=True, lists=False)
+            each = {name: key if own is None else own for name, own in named.items()}
+            column_keys = ColumnKeys.of(key, each, templates=True)
+            chosen = ColumnChoice(column_keys, written_context(context), policy or DataKeyPolicy())
+            work = EncryptParquetDoFn(chosen, types, form, if_exists, PathFields(chosen.names, path_fields))
         super().__init__(plan, work)
         self.lists = manifest and not cells
 
-    @property
-    def key_groups(self) -> tuple[tuple[KeyProvider, ...], ...]:
-        """The KMS keys that generate data keys: of each group the first generates, and the others wrap."""
-        return cast("EncryptDoFn", self.work).key_groups()
+    def key_choices(self, source: str) -> tuple[KeyChoice, ...]:
+        """Return the keys and the context that generate data keys for a source. Raises FormatError."""
+        return cast("EncryptDoFn", self.work).key_choices(source)
 
 
 class DecryptTables(FilesTransform):
@@ -156,6 +160,7 @@ class DecryptTables(FilesTransform):
         relative_to: keep paths relative to this folder instead of the fixed part of the pattern.
         manifest: "use": where a manifest is at or above the files, it has to list them; "require": there has to be one;
             "ignore" it. With `cells` there is none.
+        path_fields: as `EncryptTables` has it, of the encrypted files' paths.
 
     Raises:
         ValueError, TypeError, FormatError: an argument is not of the right form. While it runs, see `DecryptPlan`,
@@ -182,6 +187,7 @@ class DecryptTables(FilesTransform):
         if_exists: IfExists = "error",
         relative_to: str | None = None,
         manifest: ManifestMode = "use",
+        path_fields: str | None = None,
     ) -> None:
         """Check the arguments; nothing is called yet."""
         form = _form(row_group_rows, compression)
@@ -195,16 +201,17 @@ class DecryptTables(FilesTransform):
                 raise ValueError("on_denied is for the columns of encrypted Parquet; name the cells to decrypt instead")
             if keys is None:
                 raise ValueError("cells need their key store: pass keys= (--keys), the folder that it is in")
-            work = DecryptCellsDoFn(read_keys(key, keys, context), names, scopes, form, if_exists)
+            kept = read_keys(key, keys, context)
+            work = DecryptCellsDoFn(kept, names, scopes, form, if_exists, PathFields(kept.names, path_fields))
             if checked_mode(manifest) == "require":
                 raise ValueError("cells are in plain Parquet, which no manifest lists: leave manifest out")
             listed = None
         else:
             _refuse_for_cells(keys=keys, deterministic=scopes)
-            expected = expected_context(context)
-            allowed = chosen_keys(key)
-            work = DecryptParquetDoFn(allowed, expected, names, on_denied, form, if_exists)
-            listed = ManifestReader(checked_mode(manifest), allowed, expected)
+            choice = read_choice(key, context)
+            fields = PathFields(choice.names, path_fields)
+            work = DecryptParquetDoFn(choice, fields, names, on_denied, form, if_exists)
+            listed = ManifestReader(checked_mode(manifest), choice.keys, choice.pairs, path_fields)
         base = None if relative_to is None else as_folder(relative_to)
         super().__init__(DecryptPlan(as_folder(output), checked_if_exists(if_exists), base, listed), work)
 

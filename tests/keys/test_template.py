@@ -183,6 +183,25 @@ def test_whatever_fills_a_path_stays_in_its_folder(value):
     assert fill_key(KeyTemplate("hcvault://{t}/keys/x"), {"t": text}).mount == value
 
 
+@pytest.mark.parametrize(
+    ("uri", "values"),
+    [
+        ("aws-kms://alias/{a}", {"a": "x.y"}),
+        ("aws-kms://arn:aws:kms:eu-west-1:111122223333:alias/{a}", {"a": "x.y"}),
+        ("aws-kms://alias/{a}/{b}", {"a": "aws", "b": "s3"}),
+        (f"aws-kms://alias/{'long' * 50}{{a}}", {"a": "SECRET" * 10}),
+        ("hcvault://transit/keys/{a}", {"a": "-SECRET"}),
+    ],
+)
+def test_what_no_key_can_be_called_is_refused_without_the_value(uri, values):
+    with pytest.raises(FormatError) as caught:
+        fill_key(open_key(uri), values)
+    assert f"with this value of 'a'{', ' + repr('b') if 'b' in values else ''}, " in str(caught.value)
+    assert not any(len(value) > 3 and value in str(caught.value) for value in values.values())
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
 def test_a_value_that_looks_like_a_gap_is_not_filled():
     assert fill("{a}/{b}", {"a": "{b}", "b": "1"}) == "{b}/1"
     assert gaps("{a}/{b}{a}{c d}{}") == ("a", "b")

@@ -463,7 +463,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path, local_key, monkeypatch):
     data = write_tables(tmp_path / "data", {"a.parquet": random_table(1000)}, row_group_size=100)
     groups = iter(range(3))
 
-    def fail(self, table, progress):
+    def fail(self, table, values, progress):
         if next(groups, None) is None:
             raise OSError(28, "No space left on device")
         return table

@@ -33,11 +33,8 @@ def in_groups(table: Table, names: Sequence[str], change: Callable[[pa.Table, Va
     """
     whole = table if isinstance(table, pa.Table) else pa.Table.from_batches([table])
     parts = []
-    for values, rows in _groups(whole, names):
-        part = whole if rows is None else whole.take(rows)
-        if rows is not None:
-            part = part.append_column(_ROW, rows)
-        parts.append(change(part, values))
+    for values, rows in _numbered(whole, names):
+        parts.append(change(whole if rows is None else whole.take(rows).append_column(_ROW, rows), values))
     done = parts[0]
     if len(parts) > 1:
         done = pa.concat_tables(parts, promote_options="default")  # a column of nulls alone may not know its type
@@ -48,7 +45,13 @@ def in_groups(table: Table, names: Sequence[str], change: Callable[[pa.Table, Va
     return batches[0] if batches else pa.RecordBatch.from_pylist([], done.schema)
 
 
-def _groups(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Values, pa.Array | None]]:
+def groups(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Values, pa.Table]]:
+    """Yield the rows of each group of a table, with its values. Raises as `in_groups`."""
+    for values, rows in _numbered(table, names):
+        yield values, table if rows is None else table.take(rows)
+
+
+def _numbered(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Values, pa.Array | None]]:
     """Yield the values of each group and its rows; None for all of them."""
     codes = np.zeros(table.num_rows, np.int64)
     distinct: list[Values] = [()]
