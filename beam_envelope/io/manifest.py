@@ -139,6 +139,21 @@ def verify_section(
         section.verify(opened, what)
 
 
+def listed_ids(folder: str) -> dict[str, str]:
+    """Return the places that the manifest at or above a folder lists, and the shard id of each; not authenticated.
+
+    Raises:
+        FormatError, OSError: what is there is no manifest; from the store.
+    """
+    found = nearest(folder)
+    if found is None:
+        return {}
+    path, raw = found
+    above = split_path(path)[0]
+    latest = Manifest.from_bytes(raw, path).latest()
+    return {above + name: entry.shard_id for name, (_, entry) in latest.items() if entry is not None}
+
+
 def _changes(manifest: Manifest, written: Sequence[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
     latest = manifest.latest()
     changes: dict[str, ManifestEntry | None] = {}

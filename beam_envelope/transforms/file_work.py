@@ -11,9 +11,10 @@ from apache_beam import typehints
 from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope.errors import DATA_ERRORS, ManifestError
-from beam_envelope.io.manifest import WrittenShard
+from beam_envelope.io.manifest import WrittenShard, listed_ids
 from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
+from beam_envelope.io.store import same_place
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
 from beam_envelope.transforms.runner_limits import check_on_dask
@@ -53,7 +54,7 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
         """Return the PCollection of results."""
         check_on_dask(sources, type(self).__name__, self._handler)
         catch = self._handler is not None
-        tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch), sources)
+        tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch, lists=self.lists), sources)
         # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
         grouped = tasks | "Group" >> beam.GroupByKey()
         done, undone = self._apply(self.work.label, self.work.catching(catch=catch), grouped)
@@ -77,14 +78,18 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
 
 @typehints.with_output_types(tuple[str, Task])
 class _PlanDoFn(beam.DoFn):
-    def __init__(self, plan: EncryptPlan | DecryptPlan, *, catch: bool) -> None:
+    def __init__(self, plan: EncryptPlan | DecryptPlan, *, catch: bool, lists: bool) -> None:
         self._plan, self._catch = plan, catch
+        self._compares = lists and plan.if_exists == "skip"
 
     def process(self, source: str | FileMetadata) -> Iterator[Any]:
         failures: dict[str, ManifestError] | None = {} if self._catch else None
         try:
             with Progress():
                 tasks = self._plan.tasks(source, failures)
+            if self._compares:  # a job that was stopped may have replaced shards that the manifest still lists
+                listed = listed_ids(self._plan.output)
+                tasks = [task._replace(shard_id=listed.get(same_place(task.target), "")) for task in tasks]
             for task in tasks:
                 yield task.target, task
             for path, failure in (failures or {}).items():

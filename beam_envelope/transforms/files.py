@@ -268,7 +268,8 @@ class _EncryptDoFn(FileDoFn):
         """Return what is there, if it is whole: a key file of this dataset and a shard of the right size beside it.
 
         A shard takes its final name only when it is whole and its key file is durable, so what is unfinished lacks
-        one of the two; the size also finds a shard of another state of the source.
+        one of the two; the size also finds a shard of another state of the source. What the manifest lists has to be
+        that shard: it goes on to list it.
         """
         size = store_of(task.target).size(task.target)
         if size is None:
@@ -286,6 +287,8 @@ class _EncryptDoFn(FileDoFn):
             )
             raise ContextMismatchError(msg)
         if key_file.compression != self._compression or (self._compression == "none" and held != plaintext_bytes):
+            return None
+        if task.shard_id not in ("", key_file.shard_id.hex):
             return None
         return EncryptedFile(
             task.source,

@@ -66,7 +66,8 @@ class FailedFile(NamedTuple):
 class Task(NamedTuple):
     """One file, or part of a file, to read, and where the result goes.
 
-    A shard that a manifest lists comes with the `shard_id` that it has to have, as hexadecimal digits.
+    A shard that a manifest lists comes with the `shard_id` that it has to have, as hexadecimal digits; one that is to
+    be skipped if it is there as well.
     """
 
     source: str

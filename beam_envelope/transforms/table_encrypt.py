@@ -228,7 +228,8 @@ class EncryptParquetDoFn(EncryptDoFn):
             )
             raise ContextMismatchError(msg)
         same = key_file.cipher == PARQUET_CIPHER and len(key_file.data_keys) == len(self._column_keys.groups)
-        if not same or _magic(task.target) != MAGIC:
+        as_listed = task.shard_id in ("", key_file.shard_id.hex)
+        if not same or not as_listed or _magic(task.target) != MAGIC:
             return None
         return key_file.data_keys[0].key_id.hex(), key_file.shard_id.hex
 

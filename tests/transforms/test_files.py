@@ -574,6 +574,21 @@ def test_skip_encrypts_again_what_changed_its_size_or_should_be_compressed(tmp_p
     assert opens(tmp_path / "sealed", "a", local_key) == b"new and longer"
 
 
+def test_skip_encrypts_again_what_the_manifest_lists_as_another_shard(tmp_path, local_key):
+    data = write_files(tmp_path / "data", {"a": b"old", "b": b"old"})
+    sealed = tmp_path / "sealed"
+    encrypt(data, sealed, local_key)
+    before = (sealed / "_MANIFEST.json").read_bytes()
+    encrypt(data / "a", sealed, local_key, if_exists="overwrite")
+    (sealed / "_MANIFEST.json").write_bytes(before)  # as if that job had been killed before its end
+    assert fails(DecryptFiles(f"{tmp_path}/opened", key=local_key), str(sealed))[0] == "ManifestError"
+    results, _ = encrypt(data, sealed, local_key, if_exists="skip")
+    assert [result.skipped for result in results] == [False, True]
+    decrypt(sealed, tmp_path / "opened", local_key)
+    assert read_files(tmp_path / "opened") == {"a": b"old", "b": b"old"}
+    assert all(result.skipped for result in encrypt(data, sealed, local_key, if_exists="skip").results)
+
+
 def test_skip_refuses_a_shard_of_another_context(tmp_path, local_key):
     data = write_files(tmp_path / "data", {"a": b"1"})
     encrypt(data, tmp_path / "sealed", local_key, context=CONTEXT)

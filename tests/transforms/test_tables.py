@@ -414,6 +414,12 @@ def test_skip_leaves_alone_what_is_whole_and_does_the_rest(tmp_path, data, local
     results, counters = decrypt_tables(sealed, opened, local_key, if_exists="skip")
     assert [result.skipped for result in results] == [False, True, True]
     assert same(read_tables(data), read_tables(opened))
+    before = (sealed / "_MANIFEST.json").read_bytes()
+    encrypt_tables(data / "dt=2026-01-01/", sealed / "dt=2026-01-01", local_key, if_exists="overwrite")
+    (sealed / "_MANIFEST.json").write_bytes(before)  # as if that job had been killed before its end
+    results, _ = encrypt_tables(data, sealed, local_key, if_exists="skip")
+    assert [result.skipped for result in results] == [False, True, True]
+    decrypt_tables(sealed, opened, local_key, if_exists="overwrite")
 
 
 def test_skip_refuses_the_files_of_another_dataset_and_redoes_those_of_other_columns(tmp_path, data, local_key, pii):
