@@ -409,17 +409,20 @@ def test_each_destination_has_a_section_under_its_key_and_context(tmp_path, made
     assert len(collect(reader)) == 30
 
 
-@pytest.mark.parametrize("kind", ["text", "parquet"])
+@pytest.mark.parametrize("kind", ["files", "text", "parquet"])
 def test_an_unbounded_write_leaves_no_manifest(tmp_path, key, kind):
-    stream = Stream().add_elements(["1", "2"]).advance_watermark_to_infinity()
-    options = PipelineOptions(["--streaming", "--allow_unsafe_triggers"])
-    with beam.Pipeline("FnApiRunner", options=options) as p:
-        lines = p | stream | beam.WindowInto(window.FixedWindows(10))
-        if kind == "text":
-            _ = lines | WriteEncryptedText(f"{tmp_path}/sealed/part", key=key, num_shards=1)
+    data = write_files(tmp_path / "data", {"1": b"1", "2": b"2"})
+    values = [f"{data}/1", f"{data}/2"] if kind == "files" else ["1", "2"]
+    stream = Stream().add_elements([window.TimestampedValue(value, 1) for value in values])
+    with beam.Pipeline("BundleBasedDirectRunner", options=PipelineOptions(["--streaming"])) as p:
+        elements = p | stream.advance_watermark_to_infinity() | beam.WindowInto(window.FixedWindows(10))
+        if kind == "files":
+            _ = elements | EncryptFiles(f"{tmp_path}/sealed", key=key)
+        elif kind == "text":
+            _ = elements | WriteEncryptedText(f"{tmp_path}/sealed/part", key=key, num_shards=1, triggering_frequency=10)
         else:
-            rows = lines | beam.Map(lambda line: {"number": int(line)})
-            _ = rows | WriteEncryptedParquet(f"{tmp_path}/sealed/part", SCHEMA, key=key, num_shards=1)
+            rows = elements | beam.Map(lambda line: {"number": int(line)})
+            _ = rows | WriteEncryptedParquet(f"{tmp_path}/sealed/part", SCHEMA, key=key)
     assert shards(tmp_path / "sealed")
     assert not (tmp_path / "sealed" / NAME).exists()
 
