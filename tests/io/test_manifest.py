@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -428,6 +429,48 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_manifest(folder, local_key
             seen = len(names)
     assert seen > 0
     read_everything(local_key)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_so_does_one_killed_at_any_step(folder, local_key, there):
+    if there:
+        add_to_manifest("sealed/", written("sealed/z"), (local_key,), CONTEXT)
+    first = Path("sealed", NAME).read_bytes() if there else None
+    seen = set()
+    for step in range(1, 60):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                sys.addaudithook(killer(f"{folder}", step))
+                add_to_manifest("sealed/", written("sealed/a"), (local_key,), CONTEXT)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+        names = tuple(listed()) if Path("sealed", NAME).exists() else None
+        seen.add(names)
+        assert names in ((("z",) if there else None), ("a", "z") if there else ("a",))
+        Path("sealed", NAME).unlink(missing_ok=True)
+        if first is not None:
+            Path("sealed", NAME).write_bytes(first)
+    assert status == 0
+    assert len(seen) == 2  # it was killed before and after the manifest got its name
+
+
+def killer(below, step):
+    """Return an audit hook that kills this process just before the step-th time that it touches a file there."""
+    left = [step]
+
+    def count(event, arguments):
+        if event in {"open", "os.rename", "os.link", "os.remove"} and str(arguments[0]).startswith(below):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return count
 
 
 # --------------------------------------------------------------------------------------------- other filesystems

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import apache_beam as beam
@@ -555,33 +554,6 @@ def test_an_older_shard_after_an_overwrite_is_refused(copied, key, tmp_path):
     assert by_decrypt_files(tmp_path / "older", tmp_path / "x", key=key, context=CONTEXT, manifest="require") == NUMBERS
 
 
-def test_a_command_killed_at_any_step_of_listing_is_finished_by_skip(tmp_path, key, forker):
-    data, sealed = write_files(tmp_path / "data", {"a": b"alpha", "b": b"beta"}), tmp_path / "sealed"
-    encrypt(f"{data}/a", sealed, key, context=CONTEXT)
-    encrypt(f"{data}/b", sealed, key, context=CONTEXT, manifest=False)
-    first = (sealed / NAME).read_bytes()
-    words = ("encrypt", f"{data}/*", "--output", sealed, "--key", key, "--context", "dataset=numbers")
-    steps = 0
-    for step in range(1, 60):
-        status, log = forker.run(*words, "--if-exists", "skip", step=step, below=sealed)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, log
-        names = set(listed(sealed))
-        assert names in ({"a"}, {"a", "b"})
-        steps += names == {"a", "b"}
-        (sealed / NAME).write_bytes(first)
-    assert status == 0
-    assert listed(sealed).keys() == {"a", "b"}
-    assert steps  # it was killed after the manifest was replaced, too
-    assert by_names(tmp_path, sealed, key) == {"a": b"alpha", "b": b"beta"}
-
-
-def by_names(tmp_path, sealed, key):
-    run(DecryptFiles(f"{tmp_path}/opened", key=key, context=CONTEXT, manifest="require"), f"{sealed}/*")
-    return read_files(tmp_path / "opened")
-
-
 def test_single_files_cannot_tell_of_missing_ones(copied, key, tmp_path):
     """What comes from MatchFiles is looked up file by file: added and swapped ones are noticed."""
     folder = copied("EncryptFiles")
@@ -702,7 +674,9 @@ def test_the_manifest_of_a_folder_goes_along(copied, key, theirs, tmp_path):
     assert len(results) == 4
     assert [section.mac for section in parsed(folder).sections] == macs
     assert required(folder, theirs, tmp_path / "opened") == NUMBERS
-    assert "the keys allowed here are" in message_of(required, folder, tmp_path / "again", key=key)
+    assert "the keys allowed here are" in message_of(
+        by_decrypt_files, folder, tmp_path / "again", key=key, context=CONTEXT
+    )
     assert [row.changed for row in run(RotateKeys(key, to=theirs), f"{folder}/{NAME}").results] == [False]
 
 
