@@ -646,3 +646,8 @@ def test_we_refuse_a_changed_vector_with_the_error_that_the_page_names(vector):
     with pytest.raises(EnvelopeError) as caught:
         read()
     assert type(caught.value).__name__ == vector["error"]
+
+
+def test_the_page_shows_the_vector_that_it_names():
+    blocks = [block.partition("\n")[2] for block in PAGE.read_text(encoding="utf-8").split("```")[1::2]]
+    assert MANIFESTS["appended"]["manifest"] in blocks
