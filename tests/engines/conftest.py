@@ -14,7 +14,12 @@ from tests.engines.matrix import Matrix
 from tests.engines.server import stop_all, tail
 from tests.engines.worker_pool import WorkerPool
 
-NEEDS = {"Prism": "prism", "Flink": "flink", "Spark": "spark", "pool": "container"}
+NEEDS = {
+    "Prism": ["prism"],
+    "pool": ["container"],
+    "Flink": ["flink", "container"],
+    "Spark": ["spark", "container"],
+}
 _matrix = Matrix()
 
 
@@ -69,9 +74,9 @@ def kms():
 @pytest.fixture(scope="session", params=list(ENGINES))
 def engine(request, kms, tmp_path_factory):
     """Each engine in turn; skipped if it was not built."""
-    for word, part in NEEDS.items():
-        if word in request.param and part in build.missing():
-            pytest.skip(f"{part} is not built: run `make engines`")
+    wanted = {part for word, parts in NEEDS.items() if word in request.param for part in parts}
+    if missing := sorted(wanted.intersection(build.missing())):
+        pytest.skip(f"{', '.join(missing)} not built: run `make engines`")
     folder = tmp_path_factory.mktemp("engine")
     engine = start_engine(request.param, folder, kms.environment())
     yield engine
@@ -89,10 +94,10 @@ def worker_pool(kms, tmp_path):
 
 
 @pytest.fixture
-def flink_cluster(tmp_path):
+def flink_cluster(kms, tmp_path):
     """A Flink cluster of one JobManager and two TaskManagers, for tests that kill parts of it."""
-    if "flink" in build.missing():
+    if {"flink", "container"}.intersection(build.missing()):
         pytest.skip("flink is not built: run `make engines`")
-    cluster = FlinkCluster(tmp_path / "flink")
+    cluster = FlinkCluster(tmp_path / "flink", environment=kms.environment())
     yield cluster
     cluster.stop()

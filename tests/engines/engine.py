@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tests.engines import build
 from tests.engines.driver import Driver
-from tests.engines.flink import FlinkCluster, job_server_jar
+from tests.engines.flink import FlinkCluster, job_server_jar, process_options
 from tests.engines.server import Server, clean_environment, free_port, kill_session
-from tests.engines.worker_pool import WorkerPool
+from tests.engines.worker_pool import WorkerPool, worker_environment
 
 SETTINGS = {"BEAM_ENVELOPE_KEY": "aws-kms://alias/etl", "BEAM_ENVELOPE_CONTEXT": "dataset=people"}
 
@@ -53,7 +53,7 @@ class Engine:
 
     def start_cluster(self):
         """Start a Flink cluster."""
-        self.cluster = FlinkCluster(self.folder / "flink")
+        self.cluster = FlinkCluster(self.folder / "flink", environment=self.environment)
         self._stack.callback(self.cluster.stop)
         self.options += self.cluster.options
 
@@ -145,21 +145,16 @@ def _flink(engine):
 
 def _flink_cluster(engine):
     engine.start_cluster()
-    engine.start_pool(boot=True)
-
-
-def _flink_cluster_bare(engine):
-    engine.start_cluster()
-    engine.start_pool(boot=False)
 
 
 def _spark(engine):
     port = free_port()
     ports = ["--job-host", "localhost", "--job-port", port, "--artifact-port", 0, "--expansion-port", 0]
     command = ["java", "-Xmx1g", "-XX:TieredStopAtLevel=1", "-jar", build.folder("spark") / "job-server.jar", *ports]
+    engine.environment = {**worker_environment(), **engine.environment}
     engine.server("spark", *command, "--spark-master-url", "local[2]").wait_for_port(port)
     engine.options = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}"]
-    engine.start_pool(boot=True)
+    engine.options += process_options(engine.folder / "boot")
 
 
 ENGINES = {
@@ -172,7 +167,6 @@ ENGINES = {
     "portable, bare worker pool": (_portable_bare, {"slow": True}),
     "Flink embedded": (_flink, {"slow": True}),
     "Flink cluster": (_flink_cluster, {"workers": 2, "slow": True}),
-    "Flink cluster, bare worker pool": (_flink_cluster_bare, {"workers": 2, "slow": True}),
     "Spark local[2]": (_spark, {"workers": 2, "slow": True}),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.engines import build
 from tests.engines.server import Server, free_port, wait_for
+from tests.engines.worker_pool import boot_program, worker_environment, workers_of
 
 OPENS = [
     "java.io", "java.lang", "java.lang.reflect", "java.net", "java.nio", "java.time", "java.util",
@@ -23,6 +24,15 @@ def job_server_jar():
     return build.folder("flink") / "job-server.jar"
 
 
+def process_options(folder):
+    """Return the options of a job whose workers a Java engine starts itself, by Beam's boot program.
+
+    They are kept for some seconds, since Java engines would start a new worker for each stage of a job.
+    """
+    command = json.dumps({"command": str(boot_program(folder))})
+    return ["--environment_type=PROCESS", f"--environment_config={command}", "--environment_cache_millis=20000"]
+
+
 class FlinkCluster:
     """A Flink cluster on this machine, one slot for each TaskManager.
 
@@ -30,10 +40,12 @@ class FlinkCluster:
         folder: where it works: logs, and all temporary files, below.
         task_managers: how many to start.
         settings: more settings of Flink, such as those of checkpoints.
+        environment: of the JVMs, and so of the workers that they start.
     """
 
-    def __init__(self, folder, task_managers=2, settings=None):
+    def __init__(self, folder, task_managers=2, settings=None, environment=None):
         self.folder = Path(folder)
+        self._environment = {**worker_environment(), **(environment or {})}
         self._configure(settings or {})
         self.task_managers = {}
         self.job_manager = self.job_server = None
@@ -76,7 +88,8 @@ class FlinkCluster:
         opens = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENS]
         jars = f"{build.folder('flink')}/lib/*"
         command = ["java", *opens, f"-Xmx{heap}", "-XX:TieredStopAtLevel=1", "-cp", jars, f"org.apache.flink.{main}"]
-        return Server(name, [*command, "--configDir", self.folder / "conf", *arguments], self.folder / name)
+        command += ["--configDir", self.folder / "conf", *arguments]
+        return Server(name, command, self.folder / name, self._environment)
 
     # -------------------------------------------------------------------------------------- parts to kill and start
 
@@ -91,6 +104,10 @@ class FlinkCluster:
     def kill_task_manager(self, number):
         """Kill a TaskManager at once."""
         self.task_managers.pop(number).kill()
+
+    def workers(self, number):
+        """Return the process ids of the workers that a TaskManager started."""
+        return workers_of(self.task_managers[number])
 
     def kill_job_manager(self):
         """Kill the JobManager at once. Without high availability its jobs are lost."""
@@ -119,8 +136,13 @@ class FlinkCluster:
 
     @property
     def options(self):
-        """The options of a job that runs here."""
-        return ["--runner=PortableRunner", f"--job_endpoint=localhost:{self.job_server_port}", "--parallelism=2"]
+        """The options of a job that runs here, with workers that each TaskManager starts by Beam's boot program.
+
+        One external pool would not do for both TaskManagers: it knows workers by their ids, which both count from 1-1,
+        so one would stop the other's.
+        """
+        endpoint = f"--job_endpoint=localhost:{self.job_server_port}"
+        return ["--runner=PortableRunner", endpoint, "--parallelism=2", *process_options(self.folder / "boot")]
 
     def rest(self, path):
         """Return what Flink's REST API answers, such as to `/jobs/overview`."""

@@ -30,16 +30,10 @@ class WorkerPool(Server):
         command = [sys.executable, "-m", module, f"--service_port={self.port}"]
         paths = list(sys.path)
         if boot:
-            command += ["--container_executable", str(_boot_program(folder))]
+            command += ["--container_executable", str(boot_program(folder))]
         else:
             paths.insert(0, str(_imports(folder)))
-        environment = {
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # it starts `python`
-            "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1",  # no virtual environment for each worker
-            **environment,
-        }
-        super().__init__("pool", command, folder, environment)
+        super().__init__("pool", command, folder, {**worker_environment(paths), **environment})
         self.wait_for_port(self.port)
 
     @property
@@ -49,8 +43,7 @@ class WorkerPool(Server):
 
     def workers(self):
         """Return the process ids of the workers that run now."""
-        found = descendants(self.pid)
-        return [pid for pid, words in found.items() if "sdk_worker_main" in words or "SdkHarness" in words]
+        return workers_of(self)
 
     def kill_worker(self, pid=None):
         """Kill a worker at once; without a process id, the newest. Returns its id."""
@@ -60,8 +53,24 @@ class WorkerPool(Server):
         return pid
 
 
-def _boot_program(folder):
+def workers_of(server):
+    """Return the process ids of the Python workers that a server started."""
+    found = descendants(server.pid)
+    return [pid for pid, words in found.items() if "sdk_worker_main" in words or "SdkHarness" in words]
+
+
+def worker_environment(paths=None):
+    """Return the environment in which the boot program and Beam's pool find this process's Python and modules."""
+    return {
+        "PYTHONPATH": os.pathsep.join(path for path in paths or sys.path if path),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # they start `python`
+        "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1",  # no virtual environment for each worker
+    }
+
+
+def boot_program(folder):
     """Write the command that starts the boot program, with a folder of each worker's own for what was staged."""
+    folder.mkdir(parents=True, exist_ok=True)
     path, staged = folder / "boot", clean_environment(folder)["TMPDIR"]
     program = build.program("container")
     path.write_text(f'#!/bin/sh\nmkdir -p "{staged}/$$"\nexec "{program}" --semi_persist_dir="{staged}/$$" "$@"\n')
