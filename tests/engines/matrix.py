@@ -1,6 +1,6 @@
 """The table of what ran where. Tests note their outcomes in a JSON file; run as a program, this makes a page of it.
 
-A run replaces only the engines' columns that it ran, so that a column can be run alone.
+A run replaces only the cells that it ran, so that a column can be run alone.
 """
 
 import datetime as dt
@@ -35,13 +35,14 @@ class Matrix:
         self._outcomes.setdefault(engine, {}).setdefault(transform, []).append([outcome, reason])
 
     def save(self, path):
-        """Put the columns of this run in the place of those in the file."""
+        """Put the cells of this run in the place of those in the file."""
         path = Path(path)
         columns = json.loads(path.read_text()) if path.exists() else {}
         today = str(dt.datetime.now(tz=dt.timezone.utc).date())
         versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PROGRAMS)])
         for engine, cells in self._outcomes.items():
-            columns[engine] = {"date": today, "versions": versions, "cells": cells}
+            before = columns.get(engine, {}).get("cells", {})
+            columns[engine] = {"date": today, "versions": versions, "cells": {**before, **cells}}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(columns, indent=1))
 
