@@ -42,7 +42,7 @@ test-engines: engines .venv/.stamp-test ## run our transforms and programs on ev
 
 # A column of the table alone: make engines-matrix PYTEST_ARGS="-k Spark"
 engines-matrix: export BEAM_ENVELOPE_MATRIX = build/engines-matrix.json
-engines-matrix: ## the same, and write what ran where into docs/runners-matrix.md
+engines-matrix: ## run them, and write what ran where into docs/runners-matrix.md
 	$(MAKE) test-engines ENGINE_TESTS=tests/engines/test_matrix.py
 	$(BIN)/python -m tests.engines.matrix $(BEAM_ENVELOPE_MATRIX) docs/runners-matrix.md
 
