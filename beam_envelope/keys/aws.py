@@ -7,7 +7,6 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from datetime import timezone
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -15,14 +14,12 @@ from botocore import exceptions as boto_errors
 from botocore.config import Config
 
 from beam_envelope.errors import (
-    EnvelopeError,
     FormatError,
     KeyAccessError,
-    KmsUnavailableError,
     TamperedError,
     WrongKeyError,
 )
-from beam_envelope.keys import aws_check
+from beam_envelope.keys import aws_check, aws_errors, aws_state
 from beam_envelope.keys.aws_credentials import Identity, check_role, clear_sessions, new_client
 from beam_envelope.keys.defaults import option, option_or_environment
 from beam_envelope.keys.provider import (
@@ -35,30 +32,13 @@ from beam_envelope.keys.provider import (
     WrappedKey,
     kms_calls,
 )
-from beam_envelope.keys.state import (
-    DISABLED,
-    ENABLED,
-    NOT_FOUND,
-    NOT_PERMITTED,
-    PENDING_DELETION,
-    UNAVAILABLE,
-    UNKNOWN,
-    KeyState,
-)
+from beam_envelope.keys.state import KeyState
 from beam_envelope.keys.wire_log import wire_log_off
 
 _ARN: Final = re.compile(r"arn:(?P<partition>[\w-]+):kms:(?P<region>[\w-]+):(?P<account>\d+):(?P<resource>.+)")
 _IDENTITY: Final = tuple(field.name for field in fields(Identity))
 _SETTINGS: Final = ("region", "profile", "endpoint_url", *_IDENTITY[1:])
 _FORM: Final = "aws-kms://KEY_ID[?region=...&profile=...&endpoint_url=...&role_arn=...]"
-_PERMISSION: Final = {
-    "GenerateDataKey": "kms:GenerateDataKey",
-    "Encrypt": "kms:Encrypt",
-    "Decrypt": "kms:Decrypt",
-    "ReEncrypt": "kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one",
-    "DescribeKey": "kms:DescribeKey (or name the key by its ARN, which needs none)",
-    "ListAliases": "kms:ListAliases (for all resources, since it takes no key; or give no alias=)",
-}
 
 
 @dataclass(frozen=True)
@@ -242,27 +222,7 @@ class AwsKms(KeyProvider):
 
     def state(self) -> KeyState:
         """Call DescribeKey, for which the caller needs `kms:DescribeKey`. Raises nothing of the KMS's."""
-        kms_calls.counts["DescribeKey"] += 1
-        try:
-            with wire_log_off():
-                described = self._client("DescribeKey").describe_key(KeyId=self.key_id)["KeyMetadata"]
-        except boto_errors.ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            found = _STATE_OF_REFUSAL.get(code, UNKNOWN)
-            if found == NOT_PERMITTED:
-                return KeyState(found, f"the caller needs kms:DescribeKey on it. AWS says {code}")
-            return KeyState(found, str(self._refused("DescribeKey", error)))
-        except boto_errors.BotoCoreError as error:
-            return KeyState(UNKNOWN, str(self._not_reached("DescribeKey", error)))
-        except EnvelopeError as error:  # no client
-            return KeyState(UNKNOWN, str(error))
-        said = str(described.get("KeyState", ""))
-        due = described.get("DeletionDate")
-        return KeyState(
-            _STATES.get(said, UNAVAILABLE),
-            "" if said in _PLAIN_STATES else f"AWS says {said}",
-            due.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if due else "",
-        )
+        return aws_state.state(self)
 
     def aliases(self) -> tuple[str, ...]:
         """Return the aliases that point to this key, `alias/NAME`; KMS tells those of the caller's account and region.
@@ -318,9 +278,9 @@ class AwsKms(KeyProvider):
         except boto_errors.ClientError as error:
             if "DryRun" in arguments and error.response.get("Error", {}).get("Code") == "DryRunOperationException":
                 return {}  # it would have succeeded
-            raise self._refused(operation, error) from None
+            raise aws_errors.refused(self, operation, error) from None
         except boto_errors.BotoCoreError as error:
-            raise self._not_reached(operation, error) from None
+            raise aws_errors.not_reached(self, operation, error) from None
         return answer
 
     def _client(self, operation: str) -> Any:  # boto3's client
@@ -331,67 +291,7 @@ class AwsKms(KeyProvider):
             msg = f"the region or the endpoint of {full} is not of the right form: {error}"
             raise KeyAccessError(msg) from None  # a setting, so it must not become a dead letter of each file
         except boto_errors.BotoCoreError as error:
-            raise self._not_reached(operation, error) from None
-
-    def _refused(  # noqa: PLR0911  # one for each answer of KMS
-        self, operation: str, error: boto_errors.ClientError
-    ) -> EnvelopeError:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        said = f"AWS says {code}: {error.response.get('Error', {}).get('Message') or 'no more'}"
-        if code in {"AccessDeniedException", "AccessDenied"}:
-            return KeyAccessError(
-                f"not allowed to use KMS key {self.key_id}: the caller needs {_PERMISSION[operation]} on it, in its "
-                f"IAM policy and in the key's policy. {said}"
-            )
-        if code == "NotFoundException":
-            where = f"region {self.region}" if self.region else "the region of the AWS settings"
-            return KeyAccessError(
-                f"there is no KMS key {self.key_id} in {where}. Check the name and "
-                f"the region (aws-kms://...?region=...). {said}"
-            )
-        if code in {"DisabledException", "KMSInvalidStateException"}:
-            return KeyAccessError(
-                f"KMS key {self.key_id} is disabled or pending deletion: nothing it wrapped opens until it is enabled "
-                f"again (aws kms enable-key, or cancel-key-deletion first). {said}"
-            )
-        if code == "IncorrectKeyException":
-            return WrongKeyError(
-                f"KMS key {self.key_id} did not wrap this data key. Give the key that the key file names. {said}"
-            )
-        if code == "InvalidCiphertextException":
-            return TamperedError(
-                f"KMS key {self.key_id} does not open the wrapped data key: the key file or its encryption context was "
-                f"changed after it was written. Restore the key file from a copy. {said}"
-            )
-        if code == "InvalidKeyUsageException":
-            return KeyAccessError(
-                f"KMS key {self.key_id} is no symmetric encryption key (SYMMETRIC_DEFAULT). Name one that is. {said}"
-            )
-        if code == "ValidationException":
-            return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {said}")
-        if status >= _SERVER_ERROR or "Throttl" in code or code == "LimitExceededException":
-            return KmsUnavailableError(
-                f"KMS did not serve {operation} on {self.key_id} after all retries; run the job again, or ask AWS for "
-                f"a higher KMS request quota. {said}"
-            )
-        return KeyAccessError(f"KMS refused {operation} on {self.key_id}; check the AWS credentials. {said}")
-
-    def _not_reached(self, operation: str, error: boto_errors.BotoCoreError) -> EnvelopeError:
-        if isinstance(error, boto_errors.NoRegionError):
-            return KeyAccessError(
-                f"no AWS region is set for KMS key {self.key_id}. Set AWS_DEFAULT_REGION, or write {self}?region=REGION"
-            )
-        if isinstance(error, (boto_errors.HTTPClientError, boto_errors.EndpointConnectionError)):
-            return KmsUnavailableError(
-                f"KMS could not be reached for {operation} on {self.key_id}: {error}. Check network and endpoint"
-            )
-        if isinstance(error, boto_errors.ParamValidationError):
-            return FormatError(f"KMS does not take the key name {self.key_id!r} or the context. {error}")
-        return KeyAccessError(
-            f"no usable AWS credentials for {operation} on {self.key_id}: {error}. Set a profile, a role or the "
-            "environment (aws configure; aws sts get-caller-identity shows who you are)"
-        )
+            raise aws_errors.not_reached(self, operation, error) from None
 
 
 _METHOD: Final = {
@@ -401,21 +301,6 @@ _METHOD: Final = {
     "ReEncrypt": "re_encrypt",
     "DescribeKey": "describe_key",
     "ListAliases": "list_aliases",
-}
-_SERVER_ERROR: Final = 500
-# "Key states of AWS KMS keys", AWS KMS Developer Guide. Creating, PendingImport and Unavailable: it does not decrypt.
-_STATES: Final = {
-    "Enabled": ENABLED,
-    "Updating": ENABLED,
-    "Disabled": DISABLED,
-    "PendingDeletion": PENDING_DELETION,
-    "PendingReplicaDeletion": PENDING_DELETION,
-}
-_PLAIN_STATES: Final = frozenset({"Enabled", "Disabled", "PendingDeletion"})
-_STATE_OF_REFUSAL: Final = {
-    "NotFoundException": NOT_FOUND,
-    "AccessDeniedException": NOT_PERMITTED,
-    "AccessDenied": NOT_PERMITTED,
 }
 
 # One client per configuration and process: a boto3 Session costs 100 to 280 ms, and clients are thread-safe.
