@@ -952,6 +952,13 @@ def test_a_section_of_others_that_claims_none_of_our_paths_does_not_stop_us(tena
     assert len(read("sealed/a/*", tenants[0], "require", A)) == 3
 
 
+def test_a_last_section_under_another_key_in_our_context_does_not_stop_us(folder, local_key, other_key):
+    dataset("sealed", local_key, "a/1")
+    dataset("sealed", other_key, "b/1")
+    assert len(read("sealed/a/*", local_key, "require")) == 1
+    error_of(WrongKeyError, "sealed", local_key)
+
+
 def test_one_that_lies_before_our_last_is_bound_by_it(tenants):
     """Others' sections are in the chain of ours, though we cannot open them."""
     one, two, three, four = parsed().sections
