@@ -21,7 +21,7 @@ from rich.table import Table
 from beam_envelope import console, jobs, preflight
 from beam_envelope.console import printable
 from beam_envelope.errors import EnvelopeError
-from beam_envelope.io.keyfiles import find_key_files
+from beam_envelope.io.manifest import find_to_rotate
 from beam_envelope.io.store import store_of
 
 MANY_ON_DISK: Final = 20_000
@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace, options: PipelineOptions) -> int:
     """Rotate; return the exit status. Raises what the transform raises."""
     jobs.check_no_log(arguments.log)
     jobs.rotate_transform(arguments)
-    paths = dict.fromkeys(path for pattern in arguments.patterns for path in find_key_files(pattern, manifests=True))
+    found = [find_to_rotate(pattern) for pattern in arguments.patterns]
+    paths = dict.fromkeys(path for ours, _ in found for path in ours)
+    left = sorted({path for _, others in found for path in others if path not in paths})
     n_files = len(paths)
     with console.checking(arguments):
         preflight.check_rotate(arguments, options, preflight.readable_key_files(paths), n_bytes=0, tell=console.tell)
@@ -57,7 +59,14 @@ def run(arguments: argparse.Namespace, options: PipelineOptions) -> int:
             return 1
         counts = jobs.counters(result)
         report = None if log is None else _read_log(log)
-    return _tell(arguments, counts, report, n_files, time.monotonic() - start)
+    status = _tell(arguments, counts, report, n_files, time.monotonic() - start)
+    for path in left:
+        console.errors.print(
+            f"[yellow]{escape(printable(path))} lists more shards than these, and stays as it is: who reads them needs "
+            "a key that opens it. Rotate its folder, or add the new key to it (--add)[/]",
+            soft_wrap=True,
+        )
+    return status
 
 
 def _run_job(arguments: argparse.Namespace, options: PipelineOptions, n_files: int, log: str | None) -> Any:

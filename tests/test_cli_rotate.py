@@ -21,7 +21,7 @@ from beam_envelope.formats.keyfile import KeyFile, WrappedDataKey, key_file_name
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import generate_local_key
 from beam_envelope.progress import append_progress
-from tests.running import encrypt, listing, read_files, write_files
+from tests.running import decrypt, encrypt, listing, read_files, write_files
 
 CONTEXT = {"dataset": "flights"}
 CONTENTS = {"a.csv": b"alpha", "b.csv": b"beta", "sub/c.csv": b""}
@@ -333,3 +333,35 @@ def test_ctrl_c_says_how_to_go_on_and_is_status_130(many, forker):
     check_all_open(folder, keys, ids)
     assert forker.run(*words)[0] == 0
     assert check_all_open(folder, keys, ids) == 200
+
+
+def test_a_manifest_goes_along_with_all_of_its_shards(run):
+    status, out, err = run("sealed/**.csv", "--from", OLD, "--to", NEW)
+    assert (status, "Changed 4 of 4 key files" in out, "stays as it is" in err) == (0, True, False)
+    decrypt("sealed/", "opened", NEW, context=CONTEXT, manifest="require")
+    assert read_files("opened") == CONTENTS
+
+
+def test_a_manifest_that_lists_more_stays_and_is_named_with_what_to_do(run):
+    before = Path("sealed/_MANIFEST.json").read_bytes()
+    status, out, err = run("sealed/*.csv", "--from", OLD, "--to", NEW)
+    assert (status, "Changed 2 of 2 key files" in out) == (0, True)
+    assert err.splitlines()[-1] == (
+        "sealed/_MANIFEST.json lists more shards than these, and stays as it is: who reads them needs a key that opens "
+        "it. Rotate its folder, or add the new key to it (--add)"
+    )
+    assert Path("sealed/_MANIFEST.json").read_bytes() == before
+    assert run("sealed/_MANIFEST.json", "--from", OLD, "--add", NEW)[0] == 0
+    decrypt("sealed/*.csv", "opened", NEW, context=CONTEXT, manifest="require")
+    assert read_files("opened") == {name: CONTENTS[name] for name in ("a.csv", "b.csv")}
+
+
+def test_manifests_of_folders_below_go_along_too_and_a_broken_one_is_told(run):
+    encrypt(write_files("more", {"x.csv": b"x"}), "days/1", OLD, context=CONTEXT)
+    encrypt(write_files("even more", {"y.csv": b"y"}), "days/2", OLD, context=CONTEXT)
+    Path("days/2/_MANIFEST.json").write_bytes(b"{")
+    status, out, err = run("days/*/*.csv", "--from", OLD, "--to", NEW)
+    assert (status, "Changed 3 of 4 key files" in out) == (1, True)
+    assert "days/2/_MANIFEST.json is not a readable manifest" in err
+    decrypt("days/1/*.csv", "opened", NEW, context=CONTEXT, manifest="require")
+    assert read_files("opened") == {"x.csv": b"x"}

@@ -14,17 +14,19 @@ from typing import Final, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
-from beam_envelope.errors import ManifestError
+from beam_envelope.errors import FormatError, ManifestError
 from beam_envelope.formats.keyfile import MANIFEST_NAME, MAX_KEY_FILE_BYTES, KeyFile
 from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestEntry
-from beam_envelope.io.keyfiles import KeyFileReplacedError, replace_key_file, settle
+from beam_envelope.io.keyfiles import KeyFileReplacedError, find_key_files, replace_key_file, settle
 from beam_envelope.io.store import (
     BeamStore,
+    existing,
     key_file_path,
     quote_glob,
     read_small,
     same_place,
     same_places,
+    split_glob,
     split_path,
     store_of,
 )
@@ -137,6 +139,43 @@ def verify_section(
     data_key = section.data_key
     with unwrap(keys, data_key.wrapped_keys, section.context, data_key.key_id, what) as opened:
         section.verify(opened, what)
+
+
+def find_to_rotate(pattern: str) -> tuple[list[str], list[str]]:
+    """Find the key files and the manifests that a rotation of what a user names concerns.
+
+    Returns:
+        The key files and manifests that match, with the manifests of which every shard matches; and the manifests that
+        list other shards too, which stay as they are.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+        OSError: from the store.
+    """
+    paths = find_key_files(pattern, manifests=True)
+    as_given = split_glob(pattern)[0]
+    below = canonical(as_given)
+    known = set(same_places(paths).values())
+    inner = {
+        parent + MANIFEST_NAME
+        for folder in {split_path(place)[0] for place in known}
+        for parent in parents(folder, below)
+    }
+    found = {path: read_manifest(path) for path in sorted(existing(sorted(inner - known), below))}
+    above = nearest(below)
+    found |= {} if above is None or above[0] in known else {above[0]: above[1]}
+    others: list[str] = []
+    for place, raw in found.items():
+        path = as_given + place[len(below) :] if place.startswith(below) else place
+        try:
+            latest = Manifest.from_bytes(raw, path).latest()
+        except (FormatError, ManifestError):
+            latest = {}  # the rotation tells of it
+        folder = split_path(place)[0]
+        shards = (folder + name for name, (_, entry) in latest.items() if entry is not None)
+        whole = known.issuperset(map(key_file_path, shards))
+        (paths if whole else others).append(path)
+    return paths, others
 
 
 def listed_ids(folder: str) -> dict[str, str]:

@@ -21,8 +21,8 @@ from beam_envelope.errors import EnvelopeError, KeyAccessError, KeyFileMissingEr
 from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, WrappedDataKey
 from beam_envelope.formats.manifest import Manifest
 from beam_envelope.formats.rotation import Rotation, Rotator, Step
-from beam_envelope.io.keyfiles import KeyFileReplacedError, find_key_files, read_key_file, replace_key_file, settle
-from beam_envelope.io.manifest import read_manifest
+from beam_envelope.io.keyfiles import KeyFileReplacedError, read_key_file, replace_key_file, settle
+from beam_envelope.io.manifest import find_to_rotate, read_manifest
 from beam_envelope.io.store import LocalStore, split_path, store_of
 from beam_envelope.keys.local import LocalKms
 from beam_envelope.keys.provider import KeyProvider, kms_calls
@@ -66,10 +66,10 @@ register_rows(RotatedFile)
 class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[RotatedFile]"]):
     """Has the KMS re-encrypt the data keys of key files: of shards, of Parquet files, and of key stores.
 
-    Input: folders, patterns or paths of key files and manifests, or of shards beside which key files are. A folder's
-    manifests go along, a pattern's where it matches them. Output: a `RotatedFile` for each. It reads and writes key
-    files and manifests only, each in one step, so it may be killed and run again at any time; what is done already is
-    left alone. A data key that many files share is one request to the KMS.
+    Input: folders, patterns or paths of key files and manifests, or of shards beside which key files are. Manifests go
+    along with all of their shards, and stay as they are where only some of those are named. Output: a `RotatedFile`
+    for each. It reads and writes key files and manifests only, each in one step, so it may be killed and run again at
+    any time; what is done already is left alone. A data key that many files share is one request to the KMS.
 
     Args:
         source: the KMS key to rotate from, or several: those that open what is there. New forms are made of theirs. Or
@@ -81,7 +81,7 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
         max_requests_per_s: the most requests to the KMS in a second, of the whole job. One worker makes them then.
 
     Raises:
-        ValueError, FormatError: an argument is not of the right form. While it runs, see `Rotator`, `find_key_files`
+        ValueError, FormatError: an argument is not of the right form. While it runs, see `Rotator`, `find_to_rotate`
         and `replace_key_file`.
 
     Example:
@@ -149,7 +149,7 @@ class RotateKeys(beam.PTransform["beam.PCollection[str]", "beam.PCollection[Rota
 @typehints.with_output_types(list[str])
 class _FindDoFn(beam.DoFn):
     def process(self, pattern: str) -> Iterator[list[str]]:
-        paths = find_key_files(pattern, manifests=True)
+        paths, _ = find_to_rotate(pattern)
         for start in range(0, len(paths), _BATCH):
             yield paths[start : start + _BATCH]
 
