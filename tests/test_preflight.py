@@ -446,3 +446,33 @@ def test_the_callers_options_stay_as_they_were(kms):
     arguments = argparse.Namespace(no_check=True, check_workers=True)
     preflight.before_job([KeyUse(AwsKms("alias/etl"), Need.GENERATE)], arguments, options, n_tasks=1, n_bytes=0)
     assert options.get_all_options() == before
+
+
+# ------------------------------------------------------------------------------------------ keys that paths choose
+
+
+def test_keys_that_paths_choose_are_tried_each_the_first_few_of_many(kms, run, tmp_path):
+    write_files("many", {f"tenant=t{number:02}/a": b"alpha" for number in range(22)})
+    for number in range(22):
+        kms.create_key(f"data-t{number:02}")
+    kms.deny("GenerateDataKey", "alias/data-t03")
+    kms.deny("GenerateDataKey", "alias/data-t21")  # beyond those that are tried
+    words = ("many/**", "--output", "out", "--key", "aws-kms://alias/data-{tenant}", "--context", "tenant={tenant}")
+    status, _, err = run("encrypt", *words)
+    assert (status, "alias/data-t03" in err, "alias/data-t21" in err) == (1, True, False)
+    assert not (tmp_path / "out").exists()
+    for tenant in ("t03", "t21"):
+        kms.allow("GenerateDataKey", f"alias/data-{tenant}")
+    assert run("encrypt", *words)[0] == 0
+    assert run("decrypt", "out/", *words[1:2], "opened", *words[3:])[0] == 0
+    assert read_files("opened") == read_files("many")
+
+
+def test_the_program_tries_keys_that_paths_choose_too(kms, run, tmp_path):
+    write_files("many", {"tenant=acme/a": b"alpha"})
+    words = ["many/**", "--output", "out", "--key", "aws-kms://alias/data-{tenant}", "--context", "tenant={tenant}"]
+    with pytest.raises(KeyAccessError, match="there is no KMS key alias/data-acme"):
+        encrypt_program.run(words)
+    kms.create_key("data-acme")
+    encrypt_program.run(words).wait_until_finish()
+    assert "tenant=acme/a" in listing("out")
