@@ -1,8 +1,10 @@
 """Fixtures for all tests: KMSs of every kind, no setting of the user's, and empty caches."""
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import urllib.request
 
 import pytest
@@ -72,14 +74,62 @@ def fake_kms(monkeypatch, no_settings_of_the_user):
         yield kms
 
 
+def pytest_addoption(parser):
+    """Let S3 be another than moto's."""
+    parser.addoption("--s3", choices=["moto", "versitygw"], default="moto", help="which S3 tests with one run on")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what cannot hold on another S3 than moto's, and say why."""
+    if config.getoption("--s3") == "versitygw":
+        from tests.engines.gateway import reason_to_skip
+
+        for item in items:
+            if reason := reason_to_skip(item.nodeid):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session")
-def moto_endpoint():
+def aws_application(request, tmp_path_factory):
+    """The WSGI application that answers as AWS: moto, and with `--s3 versitygw` that for requests to S3."""
+    pytest.importorskip("moto.server")
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    moto = DomainDispatcherApplication(create_backend_app)
+    if request.config.getoption("--s3") == "moto":
+        yield moto
+        return
+    from tests.engines.gateway import Gateway, S3AtGateway
+
+    gateway = Gateway(tmp_path_factory.mktemp("versitygw"))
+    yield S3AtGateway(gateway, moto)
+    gateway.stop()
+
+
+@contextlib.contextmanager
+def served(application):
+    """Serve a WSGI application over HTTP in this process; yields its URL."""
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Handler(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections open
+
+        def log_request(self, *_):
+            """Say nothing."""
+
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint(aws_application):
     """Where one moto server for all tests serves; use `moto_server`, which empties it."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with served(aws_application) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from apache_beam.io.filesystems import FileSystems
 from beam_envelope import cli, console
 from beam_envelope.io.s3 import clear_s3_clients, s3_client
 from beam_envelope.keys.cache import clear_caches
+from tests.conftest import served
 
 
 class Request(NamedTuple):
@@ -66,31 +67,16 @@ def _request(environ):
 
 
 @pytest.fixture(scope="session")
-def recorder():
-    """A Recorder in front of moto."""
-    pytest.importorskip("moto.server")
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-    return Recorder(DomainDispatcherApplication(create_backend_app))
+def recorder(aws_application):
+    """A Recorder in front of AWS."""
+    return Recorder(aws_application)
 
 
 @pytest.fixture(scope="session")
 def recorded_endpoint(recorder):
     """Where the recorder serves. It shares its data with `moto_endpoint`, since both are in this process."""
-    from werkzeug.serving import WSGIRequestHandler, make_server
-
-    class Handler(WSGIRequestHandler):
-        protocol_version = "HTTP/1.1"  # keeps connections open
-
-        def log_request(self, *_):
-            """Say nothing."""
-
-    server = make_server("127.0.0.1", 0, recorder, threaded=True, request_handler=Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
+    with served(recorder) as endpoint:
+        yield endpoint
 
 
 class Aws:
@@ -103,7 +89,7 @@ class Aws:
 
     def client(self, service, region):
         if (service, region) not in self._clients:
-            credentials = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+            credentials = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
             self._clients[service, region] = boto3.client(
                 service, region_name=region, endpoint_url=self._moto_endpoint, **credentials
             )

@@ -1,0 +1,153 @@
+"""A streaming job: a source without an end, many small bundles, and what is encrypted of them. Run as a program.
+
+    python -m tests.engines.streams OUT SOURCE TARGET --elements N --interval S --streaming ...
+
+The source gives N elements, `CANARY-...-0` to `CANARY-...-(N-1)`, one each S seconds: `impulse` is Beam's own
+PeriodicImpulse, `replay` a splittable DoFn of ours that reads a file. The target is `records`, envelopes in the files
+of `OUT/sealed`, each line of which is one bundle, or `text`, the shards `OUT/text*` of windows of WINDOW_S seconds.
+"""
+
+import argparse
+import base64
+import json
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
+from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
+from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
+from apache_beam.utils.timestamp import Timestamp
+
+from beam_envelope import EncryptRecords, WriteEncryptedText
+from tests.engines.branches import CANARY, CONTEXT, KEY
+
+WINDOW_S = 5
+
+
+def text_of(number):
+    """Return an element."""
+    return f"{CANARY}-{number}"
+
+
+def lines_of(path):
+    """Read a file."""
+    return Path(path).read_text().splitlines()
+
+
+class Lines(beam.RestrictionProvider):
+    """The lines of a file, by number; one restriction, as of a topic with one partition."""
+
+    def initial_restriction(self, element):
+        return OffsetRange(0, len(lines_of(element[0])))
+
+    def create_tracker(self, restriction):
+        return OffsetRestrictionTracker(restriction)
+
+    def restriction_size(self, element, restriction):
+        return restriction.size()
+
+
+class Replay(beam.DoFn):
+    """Gives each line of a file when it is due, and hands the rest back to the runner until the next is.
+
+    Input: pairs of a path and the time at which its first line is due. Output: lines, with the times they were due.
+    """
+
+    def __init__(self, interval):
+        self._interval = interval
+
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        element,
+        tracker=beam.DoFn.RestrictionParam(Lines()),  # noqa: B008  # as Beam has it
+        watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),  # noqa: B008
+    ):
+        path, start = element
+        lines, position = lines_of(path), tracker.current_restriction().start
+        while True:
+            due = start + position * self._interval
+            if due > time.time():
+                watermark.set_watermark(Timestamp(due))
+                tracker.defer_remainder(Timestamp(due))
+                return
+            if not tracker.try_claim(position):
+                return
+            watermark.set_watermark(Timestamp(due))
+            yield TimestampedValue(lines[position], due)
+            position += 1
+
+
+class Keep(beam.DoFn):
+    """Appends the envelopes of each bundle, as one line of JSON, to a file of this DoFn's own."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def setup(self):
+        self._path = Path(self._folder, f"{os.getpid()}-{uuid.uuid4()}")
+
+    def start_bundle(self):
+        self._envelopes = []
+
+    def process(self, envelope):
+        self._envelopes.append(base64.b64encode(envelope).decode())
+
+    def finish_bundle(self):
+        if self._envelopes:
+            with self._path.open("a") as file:
+                file.write(json.dumps(self._envelopes) + "\n")
+
+
+def source_of(begin, arguments):
+    """Return the elements; the first is due when a worker begins."""
+    interval, numbers = arguments.interval, range(arguments.elements)
+    if arguments.source == "impulse":
+        stop = (len(numbers) - 0.5) * interval
+        impulse = PeriodicImpulse(0, stop, interval, data=numbers, rebase=RebaseMode.REBASE_ALL)
+        return begin | impulse | "Texts" >> beam.Map(text_of).with_output_types(str)
+    path = f"{arguments.out}/replayed"
+    Path(path).write_text("".join(f"{text_of(number)}\n" for number in numbers))
+    files = begin | beam.Create([path]) | "Begin" >> beam.Map(lambda path: (path, time.time()))
+    return files | beam.ParDo(Replay(interval)).with_output_types(str)
+
+
+def build(pipeline, arguments):
+    """Add the job to a pipeline."""
+    elements = source_of(pipeline, arguments)
+    assert not elements.is_bounded
+    if arguments.target == "records":
+        sealed = elements | EncryptRecords(key=KEY, keys=f"{arguments.out}/keys", context=CONTEXT)
+        _ = sealed | beam.ParDo(Keep(f"{arguments.out}/sealed"))
+    else:
+        windows = elements | beam.WindowInto(FixedWindows(WINDOW_S))
+        _ = windows | WriteEncryptedText(f"{arguments.out}/text", key=KEY, context=CONTEXT, num_shards=1)
+
+
+def main():
+    """Run the job until the source has given all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("source", choices=["impulse", "replay"])
+    parser.add_argument("target", choices=["records", "text"])
+    parser.add_argument("--elements", type=int, required=True)
+    parser.add_argument("--interval", type=float, required=True)
+    arguments, options = parser.parse_known_args()
+    Path(arguments.out, "sealed").mkdir(parents=True, exist_ok=True)
+    pipeline = beam.Pipeline(options=PipelineOptions(options))
+    build(pipeline, arguments)
+    result = pipeline.run()
+    state = result.wait_until_finish() or result.state
+    print("the job ended as", state)
+    return 0 if state == PipelineState.DONE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
