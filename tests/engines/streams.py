@@ -1,10 +1,10 @@
-"""A streaming job: a source without an end, many small bundles, and what is encrypted of them. Run as a program.
+"""A streaming job: two sources without an end, many small bundles, and what is encrypted of them. Run as a program.
 
-    python -m tests.engines.streams OUT SOURCE TARGET --elements N --interval S --streaming ...
+    python -m tests.engines.streams OUT TARGET --elements N --interval S --streaming ...
 
-The source gives N elements, `CANARY-...-0` to `CANARY-...-(N-1)`, one each S seconds: `impulse` is Beam's own
-PeriodicImpulse, `replay` a splittable DoFn of ours that reads a file. The target is `records`, envelopes in the files
-of `OUT/sealed`, each line of which is one bundle, or `text`, the shards `OUT/text*` of windows of WINDOW_S seconds.
+Each source gives N elements, one each S seconds: `impulse` is Beam's own PeriodicImpulse, `replay` a splittable DoFn of
+ours that reads a file. The target is `records`, envelopes in the files of `OUT/SOURCE/sealed`, each line of which is
+one bundle, or `text`, the shards `OUT/SOURCE/text*` of windows of WINDOW_S seconds.
 """
 
 import argparse
@@ -106,43 +106,63 @@ class Keep(beam.DoFn):
                 file.write(json.dumps(self._envelopes) + "\n")
 
 
-def source_of(begin, arguments):
-    """Return the elements; the first is due when a worker begins."""
-    interval, numbers = arguments.interval, range(arguments.elements)
-    if arguments.source == "impulse":
-        stop = (len(numbers) - 0.5) * interval
-        impulse = PeriodicImpulse(0, stop, interval, data=numbers, rebase=RebaseMode.REBASE_ALL)
-        return begin | impulse | "Texts" >> beam.Map(text_of).with_output_types(str)
-    path = f"{arguments.out}/replayed"
-    Path(path).write_text("".join(f"{text_of(number)}\n" for number in numbers))
-    files = begin | beam.Create([path]) | "Begin" >> beam.Map(lambda path: (path, time.time()))
-    return files | beam.ParDo(Replay(interval)).with_output_types(str)
+def impulse(begin, arguments, here):
+    """Elements of Beam's source; the first is due when a worker begins."""
+    numbers, interval = range(arguments.elements), arguments.interval
+    stop = (len(numbers) - 0.5) * interval
+    ticks = begin | PeriodicImpulse(0, stop, interval, data=numbers, rebase=RebaseMode.REBASE_ALL)
+    return ticks | "Texts" >> beam.Map(text_of).with_output_types(str)
 
 
-def build(pipeline, arguments):
-    """Add the job to a pipeline."""
-    elements = source_of(pipeline, arguments)
-    assert not elements.is_bounded
-    if arguments.target == "records":
-        sealed = elements | EncryptRecords(key=KEY, keys=f"{arguments.out}/keys", context=CONTEXT)
-        _ = sealed | beam.ParDo(Keep(f"{arguments.out}/sealed"))
-    else:
-        windows = elements | beam.WindowInto(FixedWindows(WINDOW_S))
-        _ = windows | WriteEncryptedText(f"{arguments.out}/text", key=KEY, context=CONTEXT, num_shards=1)
+def replay(begin, arguments, here):
+    """Elements of a file; the first is due when a worker begins."""
+    (here / "replayed").write_text("".join(f"{text_of(number)}\n" for number in range(arguments.elements)))
+    files = begin | beam.Create([str(here / "replayed")]) | "Begin" >> beam.Map(lambda path: (path, time.time()))
+    return files | beam.ParDo(Replay(arguments.interval)).with_output_types(str)
+
+
+def seal_records(elements, here):
+    """Encrypt each element as a record, and keep the envelopes."""
+    sealed = elements | EncryptRecords(key=KEY, keys=f"{here}/keys", context=CONTEXT)
+    return sealed | beam.ParDo(Keep(f"{here}/sealed"))
+
+
+def seal_text(elements, here):
+    """Write the elements of each window as lines of a shard."""
+    windows = elements | beam.WindowInto(FixedWindows(WINDOW_S))
+    return windows | WriteEncryptedText(f"{here}/text", key=KEY, context=CONTEXT, num_shards=1)
+
+
+SOURCES = {"impulse": impulse, "replay": replay}
+TARGETS = {"records": seal_records, "text": seal_text}
+
+
+class Branch(beam.PTransform):
+    """A source and a target; its name makes those of its transforms unique."""
+
+    def __init__(self, source, arguments):
+        super().__init__()
+        self._source, self._arguments = source, arguments
+
+    def expand(self, begin):
+        here = Path(self._arguments.out, self._source)
+        (here / "sealed").mkdir(parents=True)
+        elements = SOURCES[self._source](begin, self._arguments, here)
+        assert not elements.is_bounded
+        return TARGETS[self._arguments.target](elements, here)
 
 
 def main():
-    """Run the job until the source has given all."""
+    """Run the job until the sources have given all."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
-    parser.add_argument("source", choices=["impulse", "replay"])
-    parser.add_argument("target", choices=["records", "text"])
+    parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--elements", type=int, required=True)
     parser.add_argument("--interval", type=float, required=True)
     arguments, options = parser.parse_known_args()
-    Path(arguments.out, "sealed").mkdir(parents=True, exist_ok=True)
     pipeline = beam.Pipeline(options=PipelineOptions(options))
-    build(pipeline, arguments)
+    for source in SOURCES:
+        _ = pipeline | source >> Branch(source, arguments)
     result = pipeline.run()
     state = result.wait_until_finish() or result.state
     print("the job ended as", state)
