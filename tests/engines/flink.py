@@ -75,6 +75,7 @@ class FlinkCluster:
             "restart-strategy.type": "fixed-delay",
             "restart-strategy.fixed-delay.attempts": 2,
             "restart-strategy.fixed-delay.delay": "1 s",
+            "state.checkpoints.dir": f"file://{self.folder}/checkpoints",  # in memory they may have 5 MiB each
             "heartbeat.interval": 2000,
             "heartbeat.timeout": 10000,
             **settings,
@@ -159,6 +160,16 @@ class FlinkCluster:
         """Return the states of all jobs, by their ids, the newest first."""
         found = sorted(self.rest("/jobs/overview")["jobs"], key=lambda job: -job["start-time"])
         return {job["jid"]: job["state"] for job in found}
+
+    def checkpoints(self, job):
+        """Return the sizes of a job's completed checkpoints that Flink still tells of, in bytes, the oldest first."""
+        history = self.rest(f"/jobs/{job}/checkpoints")["history"]
+        return [checkpoint["state_size"] for checkpoint in reversed(history) if checkpoint["status"] == "COMPLETED"]
+
+    def restarts(self, job):
+        """Return how often a job was started again."""
+        found = self.rest(f"/jobs/{job}/metrics?get=numRestarts")
+        return int(found[0]["value"]) if found else 0
 
     def wait_for_task_managers(self, number, seconds=60):
         """Wait until so many TaskManagers are registered and alive."""

