@@ -25,8 +25,7 @@ STREAM_S = float(os.environ.get("BEAM_ENVELOPE_STREAM_S", "15"))
 INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.2  # Flink keeps something of each time that a source waited
 ELEMENTS = int(STREAM_S / INTERVAL_S)
 DATA_KEY_S = 300  # the shortest life that DataKeyPolicy gives a data key
-FLINK = ("--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000")
-ENGINES = ["Prism", "Flink cluster"]
+ENGINES = ["Prism", "Flink embedded"]
 
 
 class Sample(NamedTuple):
@@ -47,6 +46,7 @@ class Stream:
         watch = threading.Thread(target=self._watch)
         watch.start()
         words = [out, target, "--elements", ELEMENTS, "--interval", INTERVAL_S, "--streaming", *options]
+        words += [f"--job_server_timeout={int(STREAM_S) + 600}"]  # Beam waits 300 s for the end of a job, then gives up
         try:
             with LeakWatch([engine.folder], CANARY.encode()) as leaks:
                 self.status, self.said = engine.command("tests.engines.streams", *words, seconds=STREAM_S + 300)
@@ -108,13 +108,21 @@ def is_flink(request):
 
 
 @pytest.fixture
-def stream(engine, is_flink, kms, tmp_path, monkeypatch, record_property):
+def checkpoints(tmp_path):
+    """The folder of Flink's checkpoints."""
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def stream(engine, is_flink, checkpoints, kms, tmp_path, monkeypatch, record_property):
     """Runs a stream on an engine; this process reaches the same KMS."""
     for name, value in kms.environment().items():
         monkeypatch.setenv(name, value)
 
     def run(target):
-        stream = Stream(engine, kms, tmp_path / "out", target, FLINK if is_flink else ())
+        options = ["--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000"]
+        options += ["--state_backend=filesystem", f"--state_backend_storage_path=file://{checkpoints}"]
+        stream = Stream(engine, kms, tmp_path / "out", target, options if is_flink else ())
         record_property("stream", stream.report())
         print(stream.report())  # noqa: T201  # for `pytest -s`
         assert stream.status == 0, stream.said
