@@ -22,10 +22,10 @@ from beam_envelope.formats.keyfile import (
     MAX_KEY_FILE_BYTES,
     PARQUET_CIPHER,
     SHARD_CIPHER,
-    TEMPORARY_PREFIX,
     KeyFile,
     WrappedDataKey,
     is_key_file,
+    is_unfinished,
 )
 from beam_envelope.formats.shard_layout import plaintext_size
 from beam_envelope.inventory_looks import LOST_PARQUET, look_at
@@ -193,12 +193,12 @@ class Inventory:
         size, modified = self._files[path]
         name = split_path(path)[1]
         draft = ShardEntry(path, size, modified=_iso(modified))
+        if is_unfinished(path):
+            return replace(draft, kind=UNFINISHED, problem=_UNFINISHED, finding=LEFT_OVER)
         if name == MANIFEST_NAME:
             return replace(draft, kind=MANIFEST)
         if is_key_file(name):
             return self._key_file_entry(draft)
-        if name.startswith(TEMPORARY_PREFIX):
-            return replace(draft, kind=UNFINISHED, problem=_UNFINISHED, finding=LEFT_OVER)
         return self._file_entry(draft, may_look=may_look)
 
     def _file_entry(self, draft: ShardEntry, *, may_look: bool) -> ShardEntry:

@@ -13,7 +13,7 @@ from beam_envelope import console
 from beam_envelope.arguments import parse_context
 from beam_envelope.console import printable
 from beam_envelope.errors import ManifestError
-from beam_envelope.formats.keyfile import is_internal
+from beam_envelope.formats.keyfile import is_internal, is_unfinished
 from beam_envelope.io.manifest import WrittenShard, add_to_manifest, compact_manifest, nearest, shard_on_store
 from beam_envelope.io.manifest_reader import ManifestReader
 from beam_envelope.io.store import quote_glob, split_path
@@ -34,7 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder = as_folder(arguments.folder)
     keys, context = open_keys(arguments.key), parse_context(arguments.context)
     reader = ManifestReader("use", keys, context)
-    data = {path: size for path, size in find_files(folder).items() if not is_internal(split_path(path)[1])}
+    data = {
+        path: size
+        for path, size in find_files(folder).items()
+        if not is_internal(split_path(path)[1]) and not is_unfinished(path)
+    }
     there = [path for path, size in data.items() if size is not None]
     survey = reader.survey(f"{quote_glob(folder)}**", there)
     unlisted = survey.extra if survey.manifests else there

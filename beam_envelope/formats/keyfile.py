@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ KEY_FILE_PREFIX: Final = "_KEY_FOR_"
 KEY_FILE_SUFFIX: Final = ".json"
 TEMPORARY_PREFIX: Final = "_TMP_"
 MANIFEST_NAME: Final = "_MANIFEST.json"
+_UNFINISHED_FOLDER: Final = re.compile(rf"(?:^|/){TEMPORARY_PREFIX}[0-9a-f]{{32}}/")
 
 _BINDING_LABEL: Final = b"beam-envelope/shard@v1\x00"
 
@@ -61,6 +63,11 @@ def is_key_file(name: str) -> bool:
 def is_internal(name: str) -> bool:
     """Whether a file's name is one of ours that holds no data: a key file, a manifest or an unfinished file."""
     return is_key_file(name) or name == MANIFEST_NAME or name.startswith(TEMPORARY_PREFIX)
+
+
+def is_unfinished(path: str) -> bool:
+    """Whether a file is unfinished, or whatever it is, in a folder that a job makes for unfinished files."""
+    return path.rpartition("/")[2].startswith(TEMPORARY_PREFIX) or _UNFINISHED_FOLDER.search(path) is not None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 from beam_envelope.arguments import MANIFEST_MODES
 from beam_envelope.errors import ContextMismatchError, FormatError, KeyAccessError, ManifestError, WrongKeyError
-from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, is_internal
+from beam_envelope.formats.keyfile import MANIFEST_NAME, KeyFile, is_internal, is_unfinished
 from beam_envelope.formats.manifest import Manifest
 from beam_envelope.io.manifest import canonical, nearest, parents, read_manifest, verify_section
 from beam_envelope.io.store import existing, glob_matcher, literal_path, same_place, same_places, split_glob, split_path
@@ -50,7 +50,7 @@ def checked_mode(manifest: str) -> ManifestMode:
 def may_be_listed(path: str) -> bool:
     """Whether a file is one that `ManifestReader.check` is to be told of: a shard, or a manifest."""
     name = split_path(path)[1]
-    return name == MANIFEST_NAME or not is_internal(name)
+    return not is_unfinished(path) and (name == MANIFEST_NAME or not is_internal(name))
 
 
 @dataclass(frozen=True)

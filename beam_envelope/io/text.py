@@ -7,6 +7,7 @@ pipeline can have two datasets under two keys.
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,10 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.io import textio
 from apache_beam.io.filebasedsource import ReadAllFiles
+from apache_beam.io.filesystems import FileSystems
 
 from beam_envelope.errors import FormatError
-from beam_envelope.formats.keyfile import KeyFile
+from beam_envelope.formats.keyfile import TEMPORARY_PREFIX, KeyFile
 from beam_envelope.io.filesystem import inner_path, outer_path
 from beam_envelope.io.keyfiles import read_key_file
 from beam_envelope.io.manifest import WrittenShard, shard_on_store
@@ -212,9 +214,13 @@ class ReadAllEncryptedText(beam.PTransform["beam.PCollection[str]", "beam.PColle
 
 
 class _TextSink(textio._TextSink):  # noqa: SLF001  # Beam's text sink has no public name
-    """Beam's text sink, whose files are opened under settings of its own."""
+    """Beam's text sink, whose files are opened under settings of its own, in a folder that no reader looks into."""
 
     envelope_settings: Settings
+
+    def _create_temp_dir(self, file_path_prefix: str) -> str:
+        folder, _ = FileSystems.split(super()._create_temp_dir(file_path_prefix))
+        return str(FileSystems.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex))
 
     def open(self, temp_path: str) -> Any:
         with use_settings(self.envelope_settings):

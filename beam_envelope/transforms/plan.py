@@ -11,7 +11,7 @@ from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope.arguments import IF_EXISTS
 from beam_envelope.errors import ManifestError
-from beam_envelope.formats.keyfile import is_internal
+from beam_envelope.formats.keyfile import is_internal, is_unfinished
 from beam_envelope.formats.shard import refuse_encrypted
 from beam_envelope.io.manifest_reader import ManifestReader, may_be_listed
 from beam_envelope.io.store import (
@@ -171,7 +171,11 @@ class DecryptPlan:
         """
         pattern, found = _found(source)
         base = self.relative_to or split_glob(pattern)[0]
-        shards = [metadata for metadata in found if not is_internal(split_path(metadata.path)[1])]
+        shards = [
+            metadata
+            for metadata in found
+            if not is_internal(split_path(metadata.path)[1]) and not is_unfinished(metadata.path)
+        ]
         shard_ids: Mapping[str, str] = {}
         listed = [metadata.path for metadata in found if may_be_listed(metadata.path)]
         if self.manifest is not None and listed:

@@ -22,6 +22,7 @@ from beam_envelope.formats.keyfile import (
     PARQUET_CIPHER,
     TEMPORARY_PREFIX,
     KeyFile,
+    is_unfinished,
 )
 from beam_envelope.formats.parquet import missing_parquet_key_file, open_sealed_parquet
 from beam_envelope.formats.parquet_reader import EncryptedParquetReader
@@ -144,13 +145,14 @@ class Verifier:
         """
         size, shard_id, problem = found
         name = split_path(path)[1]
+        if is_unfinished(path) and (size is not None or not name.startswith(TEMPORARY_PREFIX)):
+            there = key_file_path(path) if size is None else path
+            return [Part(there, UNFINISHED, "", "", size or 0, 0, 0, 0, 1, b"")]
         if name == MANIFEST_NAME or problem:
             kind = MANIFEST if name == MANIFEST_NAME else SHARD
             if kind == SHARD and size is not None and not _has_key_file(path):
                 kind = FILE
             return [Part(path, kind, problem, "", size or 0, 0, 0, 0, 1, b"")]
-        if name.startswith(TEMPORARY_PREFIX) and size is not None:
-            return [Part(path, UNFINISHED, "", "", size, 0, 0, 0, 1, b"")]
         draft = Part(path, KEY_FILE if size is None else FILE, "", "", size or 0, 0, 0, 0, 1, b"")
         try:
             raw = _read_key_file(path)
