@@ -1,0 +1,237 @@
+"""Parts of a job are killed at random moments in its middle: nothing is lost, doubled, or left to be taken for data.
+
+What a user would do follows: nothing where the engine restarts the job, else the same job again. BEAM_ENVELOPE_KILLS is
+how many moments are tried for each kind of kill (1), BEAM_ENVELOPE_KILLS_SEED chooses them (each run its own; printed).
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.engines import build
+from tests.engines.flink import FlinkCluster
+from tests.engines.kill_jobs import JOBS, prepare, start_trial
+from tests.engines.launcher import Launchers
+from tests.engines.server import wait_for
+from tests.engines.worker_pool import WorkerPool
+
+MOMENTS = int(os.environ.get("BEAM_ENVELOPE_KILLS", "1"))
+SEED = int(os.environ.get("BEAM_ENVELOPE_KILLS_SEED", str(random.SystemRandom().randrange(10**6))))
+IN_MEMORY = ["--direct_running_mode=in_memory"]
+TWO_WORKERS = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+WORKER_DIED = "a worker process of this machine died"
+
+
+def _say(text):
+    """Tell of a trial: pytest shows it where a test fails, and with -s."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+class Trials:
+    """Trials of one kind of kill, at random moments.
+
+    Args:
+        launchers: start the jobs.
+        prepared: what `prepare` made.
+        place: of the trials.
+        seed: of the moments, with `SEED`.
+    """
+
+    def __init__(self, launchers, prepared, place, *seed):
+        self.launchers, self.prepared, self.place = launchers, prepared, Path(place)
+        self.random, self._what = random.Random(f"{SEED} {seed}"), " ".join(seed)
+        self.outcomes, self.problems = Counter(), []
+        self._lasts_s = 2.0  # from the first thing that a job writes to its end, as far as is known
+
+    def kill_in_the_middle(self, names, options, kill):
+        """Start jobs, wait for the first that they write and then until a random moment, and kill a part.
+
+        Returns:
+            The launcher; None if the jobs had ended, whose outcome is noted then.
+        """
+        start_trial(self.prepared, self.place)
+        before = self._written(names)
+        launcher = self.launchers.start("write", names, self.place, options)
+        wait_for(lambda: self._written(names) != before or not launcher.is_alive(), "the first write", seconds=300)
+        start, moment = time.monotonic(), self.random.uniform(0, self._lasts_s)
+        with suppress(TimeoutError):
+            wait_for(lambda: not launcher.is_alive(), "the end", seconds=moment)
+        if launcher.is_alive():
+            self._lasts_s = max(self._lasts_s, moment * 1.2)
+            kill(launcher)
+            _say(f"{launcher.pid}: killed after {moment:.2f} s")
+            return launcher
+        self._lasts_s = time.monotonic() - start
+        self.outcomes["ended before"] += 1
+        assert launcher.result() == []
+        return None
+
+    def _written(self, names):
+        found = {}
+        for name in names:
+            for path in Path(self.place, name).rglob("*"):
+                with suppress(OSError):
+                    found[path] = path.stat().st_ino
+        return found
+
+    def run_again(self, names, options):
+        """Run the same jobs again, as a user would."""
+        if_exists = self.random.choice(["skip", "overwrite"])
+        self.outcomes[f"again, {if_exists}"] += 1
+        self._note(self.launchers.run("write", names, self.place, options, if_exists), f"again, {if_exists}")
+
+    def check(self, names, after):
+        """Note what is wrong in the end."""
+        self._note(self.launchers.run("check", names, self.place), after)
+
+    def _note(self, found, after):
+        if found != []:
+            self.outcomes["failed"] += 1
+            self.problems.append(f"after {after}: {found}")
+            _say(self.problems[-1])
+
+    def end(self):
+        """Fail if anything was wrong; say what was tried."""
+        _say(f"seed {SEED}, {self._what}: {dict(self.outcomes)}")
+        assert self.problems == []
+
+
+@pytest.fixture(scope="module")
+def prepared(kms, tmp_path_factory):
+    """The data of all trials."""
+    from beam_envelope.keys.cache import clear_caches
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in kms.environment().items():
+            patch.setenv(name, value)
+        clear_caches()
+        prepare(folder := tmp_path_factory.mktemp("prepared"))
+        clear_caches()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launchers(kms, tmp_path_factory):
+    """What starts the jobs."""
+    launchers = Launchers(tmp_path_factory.mktemp("launchers"), kms.environment())
+    yield launchers
+    launchers.close()
+
+
+# ------------------------------------------------------------------------------------- worker processes of Beam's own
+
+
+def a_worker(launcher):
+    """Kill one of the worker processes; Beam's runner would wait for it for ever."""
+    for pid in launcher.workers()[:1]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def the_launcher(launcher):
+    """Kill the launcher; its workers go on until they notice."""
+    launcher.kill()
+
+
+def the_whole_job(launcher):
+    """Kill the launcher and all workers."""
+    launcher.kill_all()
+
+
+@pytest.mark.parametrize("kill", [a_worker, the_launcher, the_whole_job])
+@pytest.mark.parametrize("name", JOBS)
+def test_worker_processes(launchers, prepared, tmp_path, name, kill):
+    trials = Trials(launchers, prepared, tmp_path / "place", name, kill.__name__)
+    for _ in range(MOMENTS):
+        launcher = trials.kill_in_the_middle([name], TWO_WORKERS, kill)
+        if launcher is None:
+            trials.check([name], "an end before the kill")
+            continue
+        if kill is a_worker:
+            said = launcher.result(60)
+            trials.outcomes["went on" if said == [] else "died"] += 1  # its last worker had nothing to do any more
+            assert said == [] or WORKER_DIED in said
+        else:
+            trials.outcomes["died"] += 1
+        trials.run_again([name], IN_MEMORY)
+        launcher.kill_all()
+        trials.check([name], f"{kill.__name__} was killed")
+    trials.end()
+
+
+# -------------------------------------------------------------------------------------------------------------- Flink
+
+
+class Flink:
+    """A cluster with a worker pool; all jobs are steps of one, since submitting one takes long.
+
+    Args:
+        cluster: a FlinkCluster.
+        pool: a WorkerPool.
+    """
+
+    def __init__(self, cluster, pool):
+        self.cluster, self.pool = cluster, pool
+        self.options = [*cluster.options, *pool.options]
+
+    def a_task_manager(self, launcher):
+        """Kill a TaskManager, and start another in its place."""
+        self.cluster.kill_task_manager(1)
+        self.cluster.start_task_manager(1)
+
+    def an_sdk_worker(self, launcher):
+        """Kill a worker process of the pool, which Flink asks for another then."""
+        workers = self.pool.workers()
+        if workers:
+            self.pool.kill_worker(random.Random(SEED).choice(workers))
+
+    def the_job_manager(self, launcher):
+        """Kill the JobManager, with it the job, and start another."""
+        self.cluster.kill_job_manager()
+        self.cluster.restart_job_manager()
+
+
+@pytest.fixture(scope="module")
+def flink(kms, tmp_path_factory):
+    """One cluster for all kills."""
+    if missing := {"flink", "container"}.intersection(build.missing()):
+        pytest.skip(f"{' and '.join(sorted(missing))} not built: run `make engines`")
+    folder = tmp_path_factory.mktemp("flink")
+    # Of a TaskManager that is lost, each task that notices counts as an attempt.
+    cluster = FlinkCluster(folder / "cluster", settings={"restart-strategy.fixed-delay.attempts": 100})
+    try:
+        pool = WorkerPool(folder / "pool", boot=True, environment=kms.environment())
+        yield Flink(cluster, pool)
+        pool.stop()
+    finally:
+        cluster.stop()
+
+
+@pytest.mark.parametrize("part", ["a_task_manager", "an_sdk_worker", "the_job_manager"])
+def test_flink(flink, launchers, prepared, tmp_path, part):
+    trials = Trials(launchers, prepared, tmp_path / "place", part)
+    for _ in range(MOMENTS):
+        flink.cluster.wait_for_task_managers(2)
+        launcher = trials.kill_in_the_middle(JOBS, flink.options, getattr(flink, part))
+        if launcher is None:
+            trials.check(JOBS, "an end before the kill")
+            continue
+        try:
+            said = launcher.result(120)
+        except TimeoutError:
+            said = "the launcher waits for ever"
+        trials.outcomes["went on" if said == [] else "died"] += 1
+        if said != []:
+            _say(f"{part}: {said}"[-2000:])
+            flink.cluster.wait_for_task_managers(2)
+            trials.run_again(JOBS, flink.options)
+        trials.check(JOBS, f"{part} was killed")
+    trials.end()
