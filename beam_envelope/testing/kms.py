@@ -74,10 +74,12 @@ class FakeKms:
         self._failure = Refusal("")
         self._user = USER  # who sent the request that is being answered, under the lock
         self._server: KmsServer | None = None
+        self._port = 0
 
     def __enter__(self) -> FakeKms:
-        """Start to serve."""
-        self._server = KmsServer(self)
+        """Start to serve; after an end, on the same port: a `with` block for each time between two outages."""
+        self._server = KmsServer(self, self._port)
+        self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 

@@ -29,8 +29,8 @@ class KmsServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, kms: FakeKms) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, kms: FakeKms, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.kms = kms
         self._connections: set[socket.socket] = set()
 

@@ -1,7 +1,8 @@
 """Parts of a job are killed at random moments in its middle: nothing is lost, doubled, or left to be taken for data.
 
 What a user would do follows: nothing where the engine restarts the job, else the same job again. BEAM_ENVELOPE_KILLS is
-how many moments are tried for each kind of kill (1), BEAM_ENVELOPE_KILLS_SEED chooses them (each run its own; printed).
+how many moments are tried for each kind of kill (1; more than some want --timeout 0),
+BEAM_ENVELOPE_KILLS_SEED chooses them (each run its own; printed), BEAM_ENVELOPE_KMS_AWAY_S is how long the KMS is away.
 """
 
 import os
@@ -24,6 +25,7 @@ from tests.engines.worker_pool import WorkerPool
 
 MOMENTS = int(os.environ.get("BEAM_ENVELOPE_KILLS", "1"))
 SEED = int(os.environ.get("BEAM_ENVELOPE_KILLS_SEED", str(random.SystemRandom().randrange(10**6))))
+KMS_AWAY_S = float(os.environ.get("BEAM_ENVELOPE_KMS_AWAY_S", "10"))
 IN_MEMORY = ["--direct_running_mode=in_memory"]
 TWO_WORKERS = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 WORKER_DIED = "a worker process of this machine died"
@@ -73,6 +75,11 @@ class Trials:
         self.outcomes["ended before"] += 1
         assert launcher.result() == []
         return None
+
+    def note_end(self, too_late):
+        """Look at shorter times from now on, if the last moment was too late to hurt a job."""
+        if too_late:
+            self._lasts_s *= 0.7
 
     def _written(self, names):
         found = {}
@@ -157,6 +164,7 @@ def test_worker_processes(launchers, prepared, tmp_path, name, kill):
             continue
         if kill is a_worker:
             said = launcher.result(60)
+            trials.note_end(said == [])
             trials.outcomes["went on" if said == [] else "died"] += 1  # its last worker had nothing to do any more
             assert said == [] or WORKER_DIED in said
         else:
@@ -181,6 +189,13 @@ class Flink:
     def __init__(self, cluster, pool):
         self.cluster, self.pool = cluster, pool
         self.options = [*cluster.options, *pool.options]
+        self.old_workers = set()  # those of jobs before end a while after them
+
+    def restarts(self):
+        """Return how often Flink has restarted the newest job."""
+        job = next(iter(self.cluster.jobs()), None)
+        metrics = self.cluster.rest(f"/jobs/{job}/metrics?get=fullRestarts") if job else []
+        return sum(int(metric["value"]) for metric in metrics)
 
     def a_task_manager(self, launcher):
         """Kill a TaskManager, and start another in its place."""
@@ -189,9 +204,7 @@ class Flink:
 
     def an_sdk_worker(self, launcher):
         """Kill a worker process of the pool, which Flink asks for another then."""
-        workers = self.pool.workers()
-        if workers:
-            self.pool.kill_worker(random.Random(SEED).choice(workers))
+        self.pool.kill_worker(random.Random(SEED).choice(sorted(set(self.pool.workers()) - self.old_workers)))
 
     def the_job_manager(self, launcher):
         """Kill the JobManager, with it the job, and start another."""
@@ -220,6 +233,7 @@ def test_flink(flink, launchers, prepared, tmp_path, part):
     trials = Trials(launchers, prepared, tmp_path / "place", part)
     for _ in range(MOMENTS):
         flink.cluster.wait_for_task_managers(2)
+        flink.old_workers = set(flink.pool.workers())
         launcher = trials.kill_in_the_middle(JOBS, flink.options, getattr(flink, part))
         if launcher is None:
             trials.check(JOBS, "an end before the kill")
@@ -229,9 +243,33 @@ def test_flink(flink, launchers, prepared, tmp_path, part):
         except TimeoutError:
             said = "the launcher waits for ever"
         trials.outcomes["went on" if said == [] else "died"] += 1
+        trials.outcomes["restarts by Flink"] += flink.restarts()
         if said != []:
             _say(f"{part}: {said}"[-2000:])
             flink.cluster.wait_for_task_managers(2)
             trials.run_again(JOBS, flink.options)
         trials.check(JOBS, f"{part} was killed")
     trials.end()
+
+
+def test_a_kms_that_is_away_for_a_while(flink, kms, launchers, prepared, tmp_path):
+    """The KMS's client tries again for about half a minute; after that Flink starts the job again."""
+    place = tmp_path / "place"
+    start_trial(prepared, place)
+    before = kms.calls.total()
+    launcher = launchers.start("write", JOBS, place, flink.options)
+    wait_for(lambda: kms.calls.total() > before or not launcher.is_alive(), "the first call", seconds=300)
+    kms.__exit__(None)
+    try:
+        calls = kms.calls.total()
+        time.sleep(KMS_AWAY_S)
+        assert kms.calls.total() == calls
+    finally:
+        kms.__enter__()
+    said = launcher.result(240)
+    assert kms.calls.total() > calls, "the job had made all its calls before"
+    _say(f"KMS away for {KMS_AWAY_S} s: restarts {flink.restarts()}, {said}"[:3000])
+    if said != []:
+        assert "KmsUnavailableError" in said
+        assert launchers.run("write", JOBS, place, flink.options, "skip") == []
+    assert launchers.run("check", JOBS, place) == []

@@ -1,0 +1,240 @@
+"""Measures our transforms on Flink, on an idle machine: `python -m tests.engines.measure`, with `--quick` to try it.
+
+Three questions, of which `--only` takes one:
+
+- `scale`: how much faster two TaskManagers encrypt whole files than one;
+- `cost`: how much longer each transform takes than the same pipeline without encryption;
+- `memory`: the peak memory of launcher and workers with very many files and shards, on Flink and without it.
+
+Flink's own durations of jobs are taken, without submission. A run of the same job on next to nothing is the start-up,
+which is taken off. Each is run `--repeat` times, and the least counts. It prints JSON, also into `--json FILE`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from beam_envelope.testing import FakeKms
+from tests.engines.flink import FlinkCluster
+from tests.engines.server import clean_environment, descendants, kill_session, tail
+from tests.engines.worker_pool import WorkerPool
+
+MIB = 1 << 20
+PAIRS = {
+    "EncryptFiles": ("copy_files", "encrypt_files"),
+    "WriteEncryptedText": ("plain_text", "encrypted_text"),
+    "EncryptRecords": ("plain_records", "encrypted_records"),
+}
+TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+
+
+class Peaks:
+    """Within a `with` block, watches the peak memory of a process and of the workers below some processes.
+
+    Attributes:
+        launcher: the peak of the process, in bytes.
+        worker: the peak of the largest worker.
+    """
+
+    def __init__(self, launcher, above_workers):
+        self.launcher = self.worker = 0
+        self._pid, self._above = launcher, above_workers
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.2):
+            self.launcher = max(self.launcher, _peak(self._pid))
+            for pid in self._above:
+                workers = [child for child, words in descendants(pid).items() if "sdk_worker_main" in words]
+                self.worker = max([self.worker, *map(_peak, workers)])
+
+
+def _peak(pid):
+    """Return the most memory that a process has had, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class Bench:
+    """Runs jobs, on Flink or not.
+
+    Args:
+        place: the folder of all files.
+        environment: what leads workers to the KMS.
+        task_managers: of the Flink cluster; 0: two processes of Beam's own runner.
+    """
+
+    def __init__(self, place, environment, task_managers):
+        self.place, self.environment = Path(place), environment
+        self.cluster = self.pool = None
+        self._stack = contextlib.ExitStack()
+        self.options = TWO_PROCESSES
+        if task_managers:
+            folder = Path(tempfile.mkdtemp(dir=place, prefix="flink-"))
+            self.cluster = FlinkCluster(folder / "cluster", task_managers)
+            self._stack.callback(self.cluster.stop)
+            self.pool = WorkerPool(folder / "pool", boot=True, environment=environment)
+            self._stack.callback(self.pool.stop)
+            flink = [word for word in self.cluster.options if not word.startswith("--parallelism")]
+            self.options = [*flink, *self.pool.options, f"--parallelism={task_managers}"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self._stack.close()
+
+    def run(self, job, data, shards=0):
+        """Run a job once; return its seconds, and the peak memory of the launcher and of the largest worker in MiB."""
+        output = self.place / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        environment = clean_environment(self.place, self.environment)
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        words = [job, "--data", data, "--output", output, "--shards", shards, *self.options]
+        log = self.place / "job.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.engines.measure_jobs", *map(str, words)],
+                stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True,
+            )  # fmt: skip
+        above = [process.pid, *([self.pool.pid] if self.pool else [])]
+        try:
+            with Peaks(process.pid, above) as peaks:
+                said, _ = process.communicate()
+        finally:
+            kill_session(process.pid)
+        if process.returncode:
+            sys.exit(f"{job} failed; {log} ends with:\n{tail(log)}")
+        seconds = json.loads(said)["seconds"]
+        if self.cluster is not None:
+            newest = max(self.cluster.rest("/jobs/overview")["jobs"], key=lambda job: job["start-time"])
+            seconds = newest["duration"] / 1000
+        shutil.rmtree(output, ignore_errors=True)
+        return {"seconds": seconds, "launcher_mib": peaks.launcher // MIB, "worker_mib": peaks.worker // MIB}
+
+    def net(self, job, data, small, repeat):
+        """Return the seconds of a job, and those of the same job on next to nothing."""
+        start_up = min(self.run(job, small)["seconds"] for _ in range(repeat))
+        whole = min(self.run(job, data)["seconds"] for _ in range(repeat))
+        return {"start_up_s": start_up, "whole_s": whole, "net_s": round(whole - start_up, 3)}
+
+
+def _ratio(above, below):
+    return round(above / below, 3) if below > 0 else None
+
+
+def scale(place, environment, sizes):
+    """Time EncryptFiles on one and on two TaskManagers."""
+    data = _files(place / "files", sizes.files, sizes.file_mib * MIB)
+    small = _files(place / "small", sizes.files, 1)
+    found = {}
+    for number in (1, 2):
+        with Bench(place, environment, number) as bench:
+            found[f"task_managers_{number}"] = bench.net("encrypt_files", data, small, sizes.repeat)
+    one, two = (found[f"task_managers_{number}"]["net_s"] for number in (1, 2))
+    shutil.rmtree(data)
+    return {"files": sizes.files, "file_mib": sizes.file_mib, **found, "speed_up": _ratio(one, two)}
+
+
+def cost(place, environment, sizes):
+    """Time each transform and its like without encryption."""
+    files = _files(place / "files", sizes.files, sizes.file_mib * MIB)
+    lines, small = place / "lines", place / "small"
+    lines.mkdir(exist_ok=True)
+    small.mkdir(exist_ok=True)
+    per_file = sizes.lines_mib * MIB // 8 // 100
+    for number in range(8):
+        line = f"{number:09} " + "x" * 89 + "\n"
+        (lines / f"{number}.txt").write_text(line * per_file)
+        (small / f"{number}.txt").write_text(line)
+    found = {"files": sizes.files, "file_mib": sizes.file_mib, "lines_mib": sizes.lines_mib}
+    with Bench(place, environment, 2) as bench:
+        for name, pair in PAIRS.items():
+            data = files if name == "EncryptFiles" else lines
+            plain, sealed = (bench.net(job, data, small, sizes.repeat) for job in pair)
+            found[name] = {"plain": plain, "encrypted": sealed, "ratio": _ratio(sealed["net_s"], plain["net_s"])}
+    shutil.rmtree(files)
+    return found
+
+
+def memory(place, environment, sizes):
+    """Look at the peak memory with many small files, and with many shards."""
+    many = _files(place / "many", sizes.small_files, 1024)
+    lines = place / "many-lines"
+    lines.mkdir(exist_ok=True)
+    (lines / "lines.txt").write_text("".join(f"{number:09}\n" for number in range(sizes.shards * 4)))
+    found = {"small_files": sizes.small_files, "shards": sizes.shards}
+    for name, task_managers in (("two processes", 0), ("Flink, two TaskManagers", 2)):
+        with Bench(place, environment, task_managers) as bench:
+            found[name] = {
+                "EncryptFiles": bench.run("encrypt_files", many),
+                "WriteEncryptedText": bench.run("encrypted_text", lines, sizes.shards),
+            }
+    shutil.rmtree(many)
+    return found
+
+
+def _files(folder, number, size):
+    """Write files of random bytes, in blocks; return the folder."""
+    folder.mkdir(exist_ok=True)
+    block = os.urandom(min(size, MIB))
+    for name in range(number):
+        with (folder / f"{name:06}").open("wb") as stream:
+            for _ in range(max(1, size // MIB)):
+                stream.write(block)
+    return folder
+
+
+def main():
+    """Measure; print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("scale", "cost", "memory"))
+    parser.add_argument("--quick", action="store_true", help="very small sizes, once: to see that it runs")
+    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--file-mib", type=int, default=512)
+    parser.add_argument("--lines-mib", type=int, default=128)
+    parser.add_argument("--small-files", type=int, default=100_000)
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--place", help="where to put some GiB (default: the temporary folder)")
+    parser.add_argument("--json", help="write what was found into this file too")
+    sizes = parser.parse_args()
+    if sizes.quick:
+        sizes.files, sizes.file_mib, sizes.lines_mib, sizes.small_files, sizes.shards, sizes.repeat = 4, 2, 1, 50, 10, 1
+    place = Path(tempfile.mkdtemp(dir=sizes.place, prefix="measure-"))
+    found = {"cores": len(os.sched_getaffinity(0))}
+    try:
+        with FakeKms() as kms:
+            kms.create_key("alias/etl")
+            for part in (scale, cost, memory):
+                if sizes.only in {None, part.__name__}:
+                    found[part.__name__] = part(place, kms.environment(), sizes)
+                    sys.stderr.write(f"{part.__name__}: {json.dumps(found[part.__name__])}\n")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    if sizes.json:
+        Path(sizes.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
