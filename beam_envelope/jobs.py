@@ -77,7 +77,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 
 def _fill(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Take key and context from where they are set, for commands that have them and were not given them."""
-    if hasattr(arguments, "key") and not arguments.key:
+    if getattr(arguments, "key", "") is None:  # `inspect` goes without one, and has an empty list
         try:
             arguments.key = list(chosen_keys(None, templates=True))
         except (ValueError, FormatError) as error:
