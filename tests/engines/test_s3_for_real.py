@@ -30,10 +30,8 @@ OF_S3 = [
     "tests/io/test_keystore.py",
     "tests/io/test_manifest.py",
     "tests/io/test_filesystem.py",
-    "tests/aws/test_files.py",
-    "tests/aws/test_rotate.py",
-    "tests/aws/test_verify.py",
-    "tests/aws/test_command.py",
+    "tests/io/test_s3_role.py",
+    "tests/aws",
     "tests/fsspec/test_s3.py",
 ]
 PART = 5 << 20
