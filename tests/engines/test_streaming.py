@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 class Stream:
     """A stream that ran to its end, and how it went."""
 
-    def __init__(self, engine, kms, out, target, options):
+    def __init__(self, engine, kms, out, target, options, watched):
         self.out, self.samples, self.checkpoints, self.restarts = out, [], [], 0
         self._engine = engine
         self._kms, self._before, self._done = kms, kms.calls, threading.Event()
@@ -48,7 +48,7 @@ class Stream:
         words = [out, target, "--elements", ELEMENTS, "--interval", INTERVAL_S, "--streaming", *options]
         words += [f"--job_server_timeout={int(STREAM_S) + 600}"]  # Beam waits 300 s for the end of a job, then gives up
         try:
-            with LeakWatch([engine.folder], CANARY.encode()) as leaks:
+            with LeakWatch([engine.folder, *watched], CANARY.encode()) as leaks:
                 self.status, self.said = engine.command("tests.engines.streams", *words, seconds=STREAM_S + 300)
         finally:
             self._done.set()
@@ -122,7 +122,7 @@ def stream(engine, is_flink, checkpoints, kms, tmp_path, monkeypatch, record_pro
     def run(target):
         options = ["--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000"]
         options += ["--state_backend=filesystem", f"--state_backend_storage_path=file://{checkpoints}"]
-        stream = Stream(engine, kms, tmp_path / "out", target, options if is_flink else ())
+        stream = Stream(engine, kms, tmp_path / "out", target, options if is_flink else (), [checkpoints])
         record_property("stream", stream.report())
         print(stream.report())  # noqa: T201  # for `pytest -s`
         assert stream.status == 0, stream.said
@@ -146,10 +146,10 @@ class TestStream:
         ran = stream("records")
         steps = engine.workers * len(SOURCES) * (1 + ran.restarts)  # a busy machine may miss Flink's heartbeats
         last = ran.samples[-1]
-        assert last.bundles > ELEMENTS / 2, ran.report()
+        assert last.bundles > ELEMENTS / 5, ran.report()
         assert 1 <= last.calls <= steps * (1 + last.seconds // DATA_KEY_S), ran.report()
         if STREAM_S < DATA_KEY_S and not ran.restarts:
-            early = next(sample for sample in ran.samples if sample.bundles > ELEMENTS / 4)
+            early = next(sample for sample in ran.samples if sample.bundles > ELEMENTS / 10)
             assert early.calls == last.calls, ran.report()
         assert ran.leaks == set()
         for source in SOURCES:
