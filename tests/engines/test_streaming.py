@@ -158,8 +158,12 @@ class TestStream:
     def test_each_window_of_text_is_a_shard_with_a_key_of_its_own(self, stream, is_flink):
         ran = stream("text")
         windows = [len(ran.shards(source)) for source in SOURCES]
-        assert all(STREAM_S / WINDOW_S <= number <= STREAM_S / WINDOW_S + 1 for number in windows), windows
-        assert ran.samples[-1].calls == sum(windows) or ran.restarts, ran.report()
-        assert bool(ran.leaks) == is_flink  # lines wait in its state for the end of their window: docs/runners.md
+        assert all(number >= STREAM_S / WINDOW_S for number in windows), windows
+        if is_flink:  # it may begin a source anew, and so windows
+            assert ran.samples[-1].calls >= sum(windows), ran.report()
+        else:
+            assert max(windows) <= STREAM_S / WINDOW_S + 1, windows
+            assert ran.samples[-1].calls == sum(windows), ran.report()
+            assert ran.leaks == set()
         for source in SOURCES:
             check_all_are_there(ran.lines(source), is_flink=is_flink)
