@@ -278,16 +278,25 @@ def fail_when_a_worker_dies(again: str = "with --if-exists=skip") -> Iterator[No
         else:
             hook_before(thread)
 
-    def wake_up(_signal: int, _frame: object) -> None:
-        raise EnvelopeError(
+    def what_happened() -> EnvelopeError:
+        return EnvelopeError(
             f"a worker process of this machine died ({died[0]}): killed, perhaps for want of memory. Finish the job "
             f"{again}, with fewer workers if need be (--direct_num_workers=1)"
         )
+
+    def wake_up(_signal: int, _frame: object) -> None:
+        raise what_happened()
 
     handler_before = signal.signal(_WAKE_UP, wake_up)
     threading.excepthook = look
     try:
         yield
+    except EnvelopeError:
+        raise
+    except Exception as error:
+        if not died:
+            raise
+        raise what_happened() from error  # the runner may notice too, and swallow what woke it up while it ends workers
     finally:
         threading.excepthook = hook_before
         signal.signal(_WAKE_UP, handler_before)

@@ -1,10 +1,13 @@
 """What the command and the pipelines share: options, checks before and after, and which workers a job gets."""
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions
@@ -232,6 +235,24 @@ def test_every_file_that_was_planned_must_have_landed(tmp_path, monkeypatch, out
     os.unlink(f"{folder}sub/7")
     with pytest.raises(EnvelopeError, match=r"1 of 12 files are missing, first .*sub/7"):
         jobs.check_landed(tasks, output)
+
+
+def a_worker_that_died():
+    raise RuntimeError("Worker subprocess exited with return code 137")
+
+
+def test_a_dead_worker_is_told_of_also_where_the_runner_swallows_the_first_word_and_fails_by_itself():
+    """Beam closes its workers after an error of its own, and only logs what is raised meanwhile."""
+    with (
+        pytest.raises(EnvelopeError, match=r"of this machine died \(Worker subprocess"),
+        jobs.fail_when_a_worker_dies(),
+    ):
+        with contextlib.suppress(EnvelopeError):
+            threading.Thread(target=a_worker_that_died).start()
+            time.sleep(30)
+        raise RuntimeError("Channel closed prematurely.")
+    with pytest.raises(RuntimeError, match="Channel closed"), jobs.fail_when_a_worker_dies():
+        raise RuntimeError("Channel closed prematurely.")
 
 
 WORKER_KILLED = """

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -218,6 +219,7 @@ def main():
     parser.add_argument("--place", help="where to put some GiB (default: the temporary folder)")
     parser.add_argument("--json", help="write what was found into this file too")
     sizes = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so end what was started
     if sizes.quick:
         sizes.files, sizes.file_mib, sizes.lines_mib, sizes.small_files, sizes.shards, sizes.repeat = 4, 2, 1, 50, 10, 1
     place = Path(tempfile.mkdtemp(dir=sizes.place, prefix="measure-"))
