@@ -243,7 +243,7 @@ def a_worker_that_died():
 
 def test_a_dead_worker_is_told_of_also_where_the_runner_swallows_the_first_word_and_fails_by_itself():
     """Beam closes its workers after an error of its own, and only logs what is raised meanwhile."""
-    with (
+    with (  # noqa: PT012  # what a runner does
         pytest.raises(EnvelopeError, match=r"of this machine died \(Worker subprocess"),
         jobs.fail_when_a_worker_dies(),
     ):

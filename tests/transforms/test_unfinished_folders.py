@@ -79,3 +79,18 @@ def test_the_inventory_says_that_it_is_unfinished(sealed):
     below = [name for name in listing(sealed) if name.startswith(LEFT)]
     assert [entries.pop(f"{sealed}/{name}") for name in below] == ["unfinished"] * 4
     assert sorted(entries.values()) == ["manifest", "shard", "shard"]
+
+
+def test_shards_of_a_stopped_job_with_other_numbers_are_refused(tmp_path, local_key):
+    """A job that is stopped just before it lists its shards, and run again with another number of them."""
+
+    def write(lines, number, *, manifest):
+        with beam.Pipeline("FnApiRunner", options=PipelineOptions([])) as pipeline:
+            transform = WriteEncryptedText(f"{tmp_path}/part", key=local_key, num_shards=number, manifest=manifest)
+            _ = pipeline | beam.Create(lines) | transform
+
+    write(["1", "2", "3"], 3, manifest=False)
+    write(["1", "2", "3"], 2, manifest=True)
+    rows = run(VerifyShards(key=local_key, manifest="require"), f"{tmp_path}/part-*").results
+    refused = {Path(row.path).name for row in rows if "is not listed by the manifest" in row.problem}
+    assert refused == {f"part-0000{number}-of-00003" for number in range(3)}
