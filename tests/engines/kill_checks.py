@@ -26,7 +26,6 @@ def problems_of(names, place):
 
 
 def _problems_of_names(name, here):
-
     sealed = here / "sealed"
     below = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     unfinished = [path for path in below if any(part.startswith(TEMPORARY_PREFIX) for part in path.parts)]
@@ -44,7 +43,6 @@ def _key_file(path):
 
 
 def _problems_of_content(name, here):
-
     job, problems = JOBS[name], []
     _kept.clear()
     with jobs.make_pipeline(PipelineOptions([]), 1, 0) as pipeline:
