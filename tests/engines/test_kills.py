@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import urllib.request
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -191,6 +192,13 @@ class Flink:
         self.options = [*cluster.options, *pool.options]
         self.old_workers = set()  # those of jobs before end a while after them
 
+    def cancel(self):
+        """Cancel all jobs, so that others have their slots."""
+        for job, state in self.cluster.jobs().items():
+            if state in {"RUNNING", "RESTARTING"}:
+                url = f"http://localhost:{self.cluster.rest_port}/jobs/{job}?mode=cancel"
+                urllib.request.urlopen(urllib.request.Request(url, method="PATCH"), timeout=10).close()
+
     def restarts(self):
         """Return how often Flink has restarted a job up to now."""
         return self.cluster.job_manager.log.read_text().count("switched from state RUNNING to RESTARTING")
@@ -237,9 +245,10 @@ def test_flink(flink, launchers, prepared, tmp_path, part):
             trials.check(JOBS, "an end before the kill")
             continue
         try:
-            said = launcher.result(120)
+            said = launcher.result(150)
         except TimeoutError:
             said = "the launcher waits for ever"
+            flink.cancel()
         trials.outcomes["went on" if said == [] else "died"] += 1
         trials.outcomes["restarts by Flink"] += flink.restarts() - restarts
         if said != []:
