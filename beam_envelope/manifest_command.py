@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     there = [path for path, size in data.items() if size is not None]
     survey = reader.survey(f"{quote_glob(folder)}**", there)
-    unlisted = survey.extra if survey.manifests else there
+    unlisted = [path for path in there if path not in survey.shard_ids]
     verifier = Verifier(keys, context, reader, quick=True)
     _check(verifier, {path: Found(data[path], shard_id) for path, shard_id in survey.shard_ids.items()})
     changes = []

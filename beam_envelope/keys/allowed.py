@@ -183,7 +183,8 @@ class AllowedKeys(Allowed):
 
     def with_options(self) -> AllowedKeys:
         """Return the list with the pipeline's options for all its keys, such as a role."""
-        return replace(self, via=self._any_key().with_options())
+        key = self._any_key().with_options()
+        return self if key == self._any_key() else replace(self, via=key)
 
     def _any_key(self) -> AwsKms:
         return AwsKms("any", profile=self.profile, endpoint_url=self.endpoint_url)

@@ -478,9 +478,9 @@ def test_a_reader_passes_the_name_of_its_own_key(kms):
     seen = []
     answer = type(kms)._answer
 
-    def spy(self, operation, request, signed_for):
+    def spy(self, operation, request, *caller):
         seen.append((operation, request.get("KeyId")))
-        return answer(self, operation, request, signed_for)
+        return answer(self, operation, request, *caller)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(kms), "_answer", spy)

@@ -788,11 +788,12 @@ def test_a_folder_whose_shards_are_all_gone_is_told_of_by_its_manifest(folder, l
     assert error_of(ManifestError, "sealed", local_key).startswith("sealed/day=1/a, sealed/day=2/a: listed by")
 
 
-def test_a_file_beside_the_folders_with_manifests_is_extra_and_without_any_it_is_not(folder, local_key):
+def test_a_file_beside_the_folders_with_manifests_passes_unless_one_is_required(folder, local_key):
     seal(local_key, "sealed/top")
     assert read("sealed", local_key) == {}
     dataset("sealed/day=1", local_key, "a")
-    assert error_of(ManifestError, "sealed", local_key) == f"sealed/top: {manifest_reader.EXTRA}"
+    assert read("sealed", local_key).keys() == {"sealed/day=1/a"}
+    assert error_of(ManifestError, "sealed", local_key, mode="require") == f"sealed/top: {manifest_reader.EXTRA}"
     assert read("sealed/*", local_key) == {}
 
 

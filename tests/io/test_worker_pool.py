@@ -85,7 +85,7 @@ def aws():
 def bare_pool(aws):
     """A pool whose environment has no setting of ours; of AWS it has where its services are."""
     kms, sts, metadata = aws
-    pool = Pool(**kms.environment(), **sts.environment, GCE_METADATA_HOST=metadata.host)
+    pool = Pool(**{**kms.environment(), **sts.environment, "GCE_METADATA_HOST": metadata.host})
     yield pool
     pool.close()
 

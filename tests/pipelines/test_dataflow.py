@@ -179,7 +179,8 @@ def test_what_is_launched_runs(tmp_path, local_key, monkeypatch):
 
     monkeypatch.setenv("BEAM_ENVELOPE_PIPELINE", "verify")
     launch([f"--input={sealed}", f"--log={tmp_path}/log", "--quick=true", *common]).wait_until_finish()
-    assert json.loads((tmp_path / "log").read_text())["ok"] is True
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted((row["kind"], row["ok"]) for row in rows) == [("manifest", True), ("shard", True)]
 
 
 def test_an_image_without_a_program_says_so(monkeypatch):

@@ -96,13 +96,13 @@ def test_an_encrypting_dofn_has_no_key_in_its_pickle_at_any_time_of_its_life(
         target = f"{tmp_path}/sealed/{number}"
         (result,) = dofn.process((target, [Task(f"{data}/a.csv", size, target, 0, size)]))
         lives += [cloudpickle.dumps(dofn), pickle.dumps(dofn), cloudpickle.dumps(transform), cloudpickle.dumps(result)]
-    with dofn._source.take() as current:
+    with dofn._sources.of(())[0].take() as current:  # of the one choice that there is without templates
         assert not current.closed
         assert bytes(current.material) in data_keys  # it holds a key, and yet:
     for pickled in lives:
         assert_no_secret(pickled, CANARY, *data_keys)
     revived = pickle.loads(lives[-3])
-    assert revived._source is None
+    assert revived._sources is None
     revived.start_bundle()
     target = f"{tmp_path}/sealed/again"
     list(revived.process((target, [Task(f"{data}/a.csv", size, target, 0, size)])))
@@ -115,14 +115,14 @@ def test_an_encrypting_dofn_has_no_key_in_its_pickle_at_any_time_of_its_life(
 def test_a_bundles_key_is_erased_at_its_end(tmp_path, local_key):
     dofn = EncryptFiles(f"{tmp_path}/sealed", key=local_key).work
     dofn.start_bundle()
-    source = dofn._source
+    source, _ = dofn._sources.of(())
     source.take().close()
     current = source._current
     assert not current.closed
     dofn.finish_bundle()
     assert current.closed
     dofn.start_bundle()
-    source = dofn._source
+    source, _ = dofn._sources.of(())
     source.take().close()
     current = source._current
     dofn.teardown()  # of a bundle that failed

@@ -35,6 +35,7 @@ from beam_envelope import (
 )
 from beam_envelope.formats.keyfile import KeyFile, is_internal, key_file_name
 from beam_envelope.formats.manifest import Manifest
+from beam_envelope.io.manifest import shard_on_store
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import generate_local_key
 from beam_envelope.keys.provider import kms_calls
@@ -533,13 +534,21 @@ def test_a_job_killed_before_the_manifest_is_completed_by_skip(copied, key, tmp_
     assert read(folder, tmp_path / "opened", manifest="require", **settings) == NUMBERS
 
 
-def test_skip_does_not_vouch_for_a_shard_that_was_replaced(copied, made, key, tmp_path):
+def test_skip_does_not_vouch_for_a_shard_that_was_replaced_but_encrypts_it_anew(copied, made, key, tmp_path):
     folder = copied("EncryptFiles")
     before = listed(folder)
     replay(folder, made / "EncryptFiles" / "older")
+    replaced = {
+        path.name for path in folder.glob("*.txt") if shard_on_store(str(path)).entry.shard_id != before[path.name]
+    }
+    assert len(replaced) == 1
+    ids = {shard_on_store(str(folder / name)).entry.shard_id for name in replaced}
     run(EncryptFiles(f"{folder}", if_exists="skip", key=key, context=CONTEXT), f"{texts(tmp_path / 'data')}/*")
-    assert listed(folder) == before
-    assert SWAPPED in message_of(by_decrypt_files, folder, tmp_path / "opened", key=key, context=CONTEXT)
+    after = listed(folder)
+    assert {name for name in after if after[name] != before[name]} == replaced
+    assert ids.isdisjoint(after.values())
+    opened = by_decrypt_files(folder, tmp_path / "opened", key=key, context=CONTEXT, manifest="require")
+    assert opened == NUMBERS
 
 
 def test_an_older_shard_after_an_overwrite_is_refused(copied, key, tmp_path):
@@ -708,13 +717,15 @@ def test_sections_under_other_keys_stay_as_they_are(copied, key, theirs, tmp_pat
     ) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, *NUMBERS[10:]]
 
 
-def test_a_pattern_of_shards_leaves_the_manifest(copied, key, theirs):
+def test_a_pattern_of_some_shards_leaves_the_manifest_and_one_of_all_takes_it_along(copied, key, theirs):
     folder = copied("EncryptFiles")
     before = (folder / NAME).read_bytes()
-    results = run(RotateKeys(key, to=theirs), f"{folder}/*.txt").results
-    assert len(results) == 3
+    results = run(RotateKeys(key, to=theirs), f"{folder}/[01].txt").results
+    assert len(results) == 2
     assert (folder / NAME).read_bytes() == before
-    assert len(run(RotateKeys(key, to=theirs, dry_run=True), f"{folder}/*").results) == 4
+    results = run(RotateKeys(key, to=theirs), f"{folder}/*.txt").results
+    assert [result.changed for result in results] == [False, False, True, True]
+    assert (folder / NAME).read_bytes() != before
 
 
 def test_a_broken_manifest_does_not_stop_the_rotation_of_key_files(copied, key, theirs):
