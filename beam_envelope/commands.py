@@ -10,7 +10,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -44,7 +45,7 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         return _run_job("Encrypt", transform, tasks, arguments, options)
     if command == "decrypt":
         reader = jobs.decrypt_transform(arguments)
-        tasks = jobs.plan_tasks(reader.plan, arguments.patterns)
+        tasks = _plan_decrypt(arguments, reader)
         _check_decrypt(arguments, reader, tasks, options)
         return _run_job("Decrypt", reader, tasks, arguments, options)
     if command == "rotate":
@@ -54,6 +55,20 @@ def run(command: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> 
     if command == "manifest":
         return manifest_command.run(arguments)
     return inspect_command.run(arguments) if command == "inspect" else _cat(arguments)
+
+
+def _plan_decrypt(arguments: argparse.Namespace, reader: FilesTransform) -> list[Task]:
+    """Plan, which asks the KMS to authenticate manifests; where that fails, look at all keys."""
+    plan: Any = reader.plan
+    if arguments.no_check:  # this process may not be allowed to ask; the workers plan by themselves
+        return jobs.plan_tasks(replace(plan, manifest=None), arguments.patterns)
+    try:
+        return jobs.plan_tasks(plan, arguments.patterns)
+    except (KeyAccessError, KmsUnavailableError) as error:
+        key_files = preflight.key_files_at(arguments.patterns)  # there are no tasks whose they could be
+        with console.checking(arguments):
+            preflight.explain(error, preflight.uses_of_reader(preflight.fixed_keys(arguments), key_files))
+        raise
 
 
 def _check_decrypt(

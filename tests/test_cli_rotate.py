@@ -197,8 +197,12 @@ def test_a_wrong_command_line_is_status_2(run):
 def test_key_files_that_a_runner_did_not_look_at_are_missed(run, monkeypatch):
     from beam_envelope import rotate_command
 
-    find = rotate_command.find_key_files
-    monkeypatch.setattr(rotate_command, "find_key_files", lambda *words, **more: [*find(*words, **more), "sealed/lost"])
+    def find(pattern):
+        paths, others = find_to_rotate(pattern)
+        return [*paths, "sealed/lost"], others
+
+    find_to_rotate = rotate_command.find_to_rotate
+    monkeypatch.setattr(rotate_command, "find_to_rotate", find)
     status, _, err = run("sealed", "--from", OLD, "--to", NEW)
     assert status == 1
     assert err.endswith("the runner reports success, but 1 of 5 key files were passed over. Run the rotation again\n")

@@ -145,7 +145,7 @@ def test_on_a_terminal_progress_is_a_bar_with_files_bytes_and_calls(tmp_path, lo
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert "━" in text
     assert "4.0/4.0 MB" in text
-    assert "2/2 files, 1 KMS call" in text
+    assert "2/2 files, 2 KMS calls" in text  # for the data key of the shards, and for that of the manifest
     assert Path(tmp_path / "sealed/a").exists()
     assert "Encrypting 2 files" not in text  # that line is for logs
 

@@ -250,6 +250,7 @@ def test_a_reader_is_asked_for_decrypt_only(kms, sealed, run, tmp_path):
         status, _, err = run(*words, "--key", FAR, "--key", ETL, *WORDS)
         assert status == 1
         assert "2 of 2 checks failed" in err
+        assert err.count("2 of 2 checks failed") == err.count("where ") == 1  # one table, also of what the plan met
         assert "KMS key alias/etl: the caller needs kms:Decrypt on it" in err
         assert "KMS key alias/far: the caller needs kms:Decrypt on it" in err
     assert "again" not in os.listdir(tmp_path)
@@ -272,7 +273,8 @@ def test_a_rotator_is_asked_for_reencrypt_and_a_dry_run_for_names_only(kms, seal
     only(kms, "ReEncryptFrom", "ReEncryptTo", "DescribeKey")
     calls = kms.calls
     assert run(*rotate)[0] == 0
-    assert (kms.calls - calls)["ReEncrypt"] == 1 + 1  # for the data key of both shards, and as a dry run
+    # For the data key of both shards, for that of the manifest, and as a dry run.
+    assert (kms.calls - calls)["ReEncrypt"] == 1 + 1 + 1
     assert read_files(tmp_path) != before
 
 
@@ -298,7 +300,7 @@ def test_to_another_kms_a_rotation_unwraps_here_and_wraps_there(kms, sealed, loc
 def test_no_check_leaves_the_launcher_alone(kms, run):
     words = ("encrypt", "data", "--output", "out", "--key", ETL, *WORDS, "--no-check")
     assert run(*words)[0] == 0
-    assert kms.calls == {"GenerateDataKey": 1}  # the job's own
+    assert kms.calls == {"GenerateDataKey": 1 + 1}  # the job's own: for its shards, and for its manifest
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_workers_that_are_well_cost_one_small_job_and_are_shown(kms, run, tmp_pa
     assert rows[0][0] == "launcher"
     assert rows[2] == ["worker", rows[2][1], ETL, "kms:GenerateDataKey", USER, "ok"]
     assert rows[3][0] == "Encrypting"
-    assert kms.calls == {"GenerateDataKey": 1 + 1 + 1}  # launcher, worker, job
+    assert kms.calls == {"GenerateDataKey": 1 + 1 + 1 + 1}  # launcher, worker, and the job: shards, manifest
     assert json.loads(out)["files"] == 2
 
 
@@ -398,7 +400,9 @@ def test_a_worker_with_another_release_is_told(kms, run, worker_with, tmp_path):
     assert status == 1
     assert f"beam-envelope is 0.0.1, and {beam_envelope.__version__} on the launcher. Give the workers the same" in err
     assert "mismatch" in err
-    (copy / "preflight.py").unlink()
+    # As where there is none: if the file were gone, an editable install's finder would take the launcher's.
+    missing = "No module named 'beam_envelope.preflight'"
+    (copy / "preflight.py").write_text(f"raise ModuleNotFoundError({missing!r})\n")
     status, _, err = run(*words)
     assert status == 1
     assert "The workers have no beam-envelope, or another version of it" in err
@@ -476,3 +480,12 @@ def test_the_program_tries_keys_that_paths_choose_too(kms, run, tmp_path):
     kms.create_key("data-acme")
     encrypt_program.run(words).wait_until_finish()
     assert "tenant=acme/a" in listing("out")
+
+
+def test_a_launcher_that_may_not_open_anything_leaves_it_to_the_workers(kms, sealed, run, worker_with, tmp_path):
+    kms.deny("Decrypt", user="beam")
+    worker_with(**kms.environment("ops"))
+    words = ("decrypt", sealed, "--output", "opened", "--key", ETL, *WORDS, *WORKERS)
+    assert run(*words)[0] == 1
+    assert run(*words, "--no-check")[0] == 0
+    assert read_files("opened") == read_files("data")

@@ -40,10 +40,13 @@ from beam_envelope import (
     open_shard,
 )
 from beam_envelope.errors import FormatError, KeyAccessError, WrongKeyError
-from beam_envelope.formats.keyfile import key_file_name
+from beam_envelope.formats.keyfile import MANIFEST_NAME, key_file_name
+from beam_envelope.formats.manifest import Manifest
 from beam_envelope.io import parquet_bundle
+from beam_envelope.io.manifest import add_to_manifest, shard_on_store
 from beam_envelope.keys.cache import clear_caches
-from tests.running import fails, listing, read_files, run, write_files
+from beam_envelope.keys.uri import open_keys
+from tests.running import fails, listing, read_files, run, with_manifest, write_files
 from tests.transforms.test_key_choice import CONTEXT, KEY, TENANTS, of_line, tenants, under  # noqa: F401  # a fixture
 from tests.transforms.test_records import keep, outcome, pipeline
 
@@ -59,6 +62,18 @@ def keys_of(folder):
         name = str(path.relative_to(folder)).replace("_KEY_FOR_", "").removesuffix(".json")
         document = json.loads(path.read_text())
         found[name] = [form["kms_key"] for each in document["data_keys"] for form in each["wrapped_keys"]]
+    return found
+
+
+def sections_of(folder):
+    """Return by relative path the KMS keys of the section that lists a shard, and the tenant in its context."""
+    sections = Manifest.from_bytes(Path(folder, MANIFEST_NAME).read_bytes(), MANIFEST_NAME).sections
+    found = {}
+    for section in sections:
+        keys = [form.kms_key for form in section.data_key.wrapped_keys]
+        for name in section.shards:
+            assert name not in found
+            found[name] = (keys, section.context["tenant"])
     return found
 
 
@@ -78,24 +93,26 @@ def allowed(tenants):  # noqa: F811
 def test_each_file_is_under_the_key_of_its_folder(data, tmp_path, tenants, allowed):  # noqa: F811
     job = run(EncryptFiles(f"{tmp_path}/sealed", **SETTINGS), f"{data}/")
     assert len(job.results) == 6
-    assert tenants.calls == {"GenerateDataKey": 3}  # one for each key in this bundle
+    assert tenants.calls == {"GenerateDataKey": 6}  # for each key one in this bundle, and one for its section
     arns = under(tenants)
     assert keys_of(tmp_path / "sealed") == {name: [arns[name[7:11]]] for name in FILES}
+    assert sections_of(tmp_path / "sealed") == {name: ([arns[name[7:11]]], name[7:11]) for name in FILES}
+    assert listing(tmp_path / "sealed") == with_manifest(*FILES)
     clear_caches()
     run(DecryptFiles(f"{tmp_path}/opened", **SETTINGS), f"{tmp_path}/sealed/")
     assert read_files(tmp_path / "opened") == FILES
-    assert tenants.calls["Decrypt"] == 3
+    assert tenants.calls["Decrypt"] == 6  # for each key one of its shards, and one of its section
     clear_caches()
     run(DecryptFiles(f"{tmp_path}/opened2", key=allowed, context=ANY_CONTEXT), f"{tmp_path}/sealed/")
     assert read_files(tmp_path / "opened2") == FILES
-    assert tenants.calls["Decrypt"] == 6
+    assert tenants.calls["Decrypt"] == 12
 
 
 def test_a_worker_has_one_data_key_for_each_key_over_its_bundles(data, tmp_path, tenants):  # noqa: F811
     for number in range(2):
         settings = {**SETTINGS, "policy": DataKeyPolicy("worker")}
         run(EncryptFiles(f"{tmp_path}/{number}", **settings), f"{data}/")
-    assert tenants.calls == {"GenerateDataKey": 3}
+        assert tenants.calls == {"GenerateDataKey": 6 + 3 * number}  # each manifest has three sections of its own
 
 
 def test_a_pattern_says_where_the_tenant_is(tmp_path, tenants):  # noqa: F811
@@ -115,12 +132,28 @@ def test_a_shard_moved_to_another_tenant_is_refused_before_any_call(data, tmp_pa
     for name in ("0.csv", key_file_name("0.csv")):
         (tmp_path / "sealed" / name).rename(tmp_path / "sealed/tenant=bolt" / name)
     clear_caches()
-    name, message = fails(DecryptFiles(f"{tmp_path}/opened", **SETTINGS), f"{tmp_path}/sealed/tenant=bolt/*")
-    assert (name, WRONG in message) == ("ContextMismatchError", True)
-    settings = {"key": KEY, "context": ANY_CONTEXT}
-    name, message = fails(DecryptFiles(f"{tmp_path}/opened", **settings), f"{tmp_path}/sealed/tenant=bolt/*")
+    moved = f"{tmp_path}/sealed/tenant=bolt/0.csv"
+    any_context = {"key": KEY, "context": ANY_CONTEXT}
+    for settings in (SETTINGS, any_context):
+        name, message = fails(DecryptFiles(f"{tmp_path}/opened", **settings), f"{tmp_path}/sealed/tenant=bolt/*")
+        assert (name, f"{moved}: not listed by the manifest" in message) == ("ManifestError", True)
+    # Without the manifest, and where the other tenant lists it, the path says what its keys and context are.
+    below = {"manifest": "ignore"}
+    name, message = fails(DecryptFiles(f"{tmp_path}/opened", **SETTINGS, **below), f"{tmp_path}/sealed/tenant=bolt/*")
+    assert (name, WRONG in message, "section" in message) == ("ContextMismatchError", True, False)
+    assert "Decrypt" not in tenants.calls
+    name, _ = fails(DecryptFiles(f"{tmp_path}/opened", **any_context, **below), f"{tmp_path}/sealed/tenant=bolt/*")
     assert name == "WrongKeyError"
     assert tenants.calls["Decrypt"] == 1
+    acme = {name: value.replace("{tenant}", "acme") for name, value in CONTEXT.items()}
+    add_to_manifest(f"{tmp_path}/sealed/", [shard_on_store(moved)], open_keys("aws-kms://alias/data-acme"), acme)
+    section = f"section 3 of {tmp_path}/sealed/{MANIFEST_NAME}"
+    name, message = fails(DecryptFiles(f"{tmp_path}/opened", **SETTINGS), f"{tmp_path}/sealed/tenant=bolt/*")
+    assert (name, WRONG in message, section in message) == ("ContextMismatchError", True, True)
+    assert tenants.calls["Decrypt"] == 1
+    name, message = fails(DecryptFiles(f"{tmp_path}/opened", **any_context), f"{tmp_path}/sealed/tenant=bolt/*")
+    assert (name, section in message) == ("WrongKeyError", True)
+    assert tenants.calls["Decrypt"] == 2
     assert not listing(tmp_path / "opened")
 
 
@@ -139,7 +172,7 @@ def test_skipping_compares_the_context_of_the_path(data, tmp_path, tenants):  # 
     run(EncryptFiles(f"{tmp_path}/sealed", **SETTINGS), f"{data}/")
     again = run(EncryptFiles(f"{tmp_path}/sealed", **SETTINGS, if_exists="skip"), f"{data}/")
     assert all(result.skipped for result in again.results)
-    assert tenants.calls == {"GenerateDataKey": 3}
+    assert tenants.calls == {"GenerateDataKey": 6}  # all of the first job: of its shards, and of its sections
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -157,9 +190,11 @@ def test_each_table_is_under_the_keys_of_its_folder(tables, tmp_path, tenants, a
     pii = {tenant: tenants.create_key(f"data-{tenant}/pii") for tenant in TENANTS}
     columns = {"ssn": "aws-kms://alias/data-{tenant}/pii"}
     run(EncryptTables(f"{tmp_path}/sealed", **SETTINGS, columns=columns), f"{tables}/")
-    assert tenants.calls == {"GenerateDataKey": 6}
+    assert tenants.calls == {"GenerateDataKey": 9}  # for each tenant two of its table, and one of its section
     arns = under(tenants)
     assert keys_of(tmp_path / "sealed") == {f"tenant={t}/a.parquet": [arns[t], pii[t]] for t in TENANTS}
+    # A section is under the keys of the footers.
+    assert sections_of(tmp_path / "sealed") == {f"tenant={t}/a.parquet": ([arns[t]], t) for t in TENANTS}
     clear_caches()
     keys = [KEY, "aws-kms://alias/data-{tenant}/pii"]
     run(DecryptTables(f"{tmp_path}/opened", key=keys, context=CONTEXT), f"{tmp_path}/sealed/")
@@ -172,6 +207,7 @@ def test_each_table_is_under_the_keys_of_its_folder(tables, tmp_path, tenants, a
     assert sorted(row["ssn"] for row in rows) == list(TENANTS)
     again = run(EncryptTables(f"{tmp_path}/sealed", **SETTINGS, columns=columns, if_exists="skip"), f"{tables}/")
     assert all(result.skipped for result in again.results)
+    assert tenants.calls["GenerateDataKey"] == 9
 
 
 @pytest.mark.parametrize("deterministic", [(), ["ssn"]])
@@ -214,7 +250,9 @@ def test_lines_choose_their_keys_and_folders_say_which(tmp_path, tenants, allowe
     names = {f"tenant={tenant}/part-00000-of-00001.txt": [arns[tenant]] for tenant in TENANTS}
     assert sorted(paths) == sorted(f"{tmp_path}/sealed/{name}" for name in names)
     assert keys_of(tmp_path / "sealed") == names
-    assert tenants.calls == {"GenerateDataKey": 3}
+    assert sections_of(tmp_path / "sealed") == {name: (keys, name[7:11]) for name, keys in names.items()}
+    assert listing(tmp_path / "sealed") == with_manifest(*names)
+    assert tenants.calls == {"GenerateDataKey": 6}  # for each key one of its shard, and one of its section
     with open_shard(paths[0], key=allowed, context=ANY_CONTEXT) as shard:
         head, *lines = shard.read().decode().splitlines()
     assert head == "head"
@@ -224,13 +262,14 @@ def test_lines_choose_their_keys_and_folders_say_which(tmp_path, tenants, allowe
     assert sorted(outcome_of(ReadEncryptedText(f"{tmp_path}/sealed/**", **SETTINGS, **more))) == sorted(LINES)
     reader = ReadAllEncryptedText(key=allowed, context=ANY_CONTEXT, **more)
     assert sorted(outcome_of(reader, [f"{tmp_path}/sealed/**"])) == sorted(LINES)
-    assert not [path for path in listing(tmp_path / "sealed") if "_TMP_" in path]
+    assert listing(tmp_path / "sealed") == with_manifest(*names)
 
 
 def test_a_prefix_says_the_key_of_all_lines(tmp_path, tenants):  # noqa: F811
     outcome_of(WriteEncryptedText(f"{tmp_path}/sealed/tenant=bolt/part", **SETTINGS), LINES)
     ((name, found),) = keys_of(tmp_path / "sealed").items()
     assert (name.partition("/")[0], found) == ("tenant=bolt", [under(tenants)["bolt"]])
+    assert sections_of(tmp_path / "sealed/tenant=bolt") == {name.partition("/")[2]: (found, "bolt")}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +315,10 @@ def test_destinations_fill_templates(tmp_path, tenants):  # noqa: F811
             file_naming=fileio.destination_prefix_naming(".txt"),
         )
         outcome_of(writer, elements)
-        assert sorted(keys_of(tmp_path / str(number)).values()) == sorted([arn] for arn in under(tenants).values())
+        found = keys_of(tmp_path / str(number))
+        assert sorted(found.values()) == sorted([arn] for arn in under(tenants).values())
+        tenant_of = {arn: tenant for tenant, arn in under(tenants).items()}
+        assert sections_of(tmp_path / str(number)) == {name: (arns, tenant_of[arns[0]]) for name, arns in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- Parquet
@@ -294,7 +336,9 @@ def test_each_row_goes_to_a_file_of_its_key(tmp_path, tenants, allowed, kind):  
     found = keys_of(tmp_path / "sealed")
     assert sorted(found) == [f"part-0000{number}-of-00003.parquet" for number in range(3)]
     assert sorted(found.values()) == sorted([arn] for arn in under(tenants).values())
-    assert tenants.calls == {"GenerateDataKey": 3}
+    tenant_of = {arn: tenant for tenant, arn in under(tenants).items()}
+    assert sections_of(tmp_path / "sealed") == {name: (arns, tenant_of[arns[0]]) for name, arns in found.items()}
+    assert tenants.calls == {"GenerateDataKey": 6}  # for each key one of its file, and one of its section
     for file in files:
         with open_parquet(file.path, key=allowed, context=ANY_CONTEXT) as reader:
             table = reader.read()
@@ -308,7 +352,8 @@ def test_so_many_files_are_open_and_the_oldest_is_finished(tmp_path, tenants, mo
     monkeypatch.setattr(parquet_bundle, "MAX_OPEN_FILES", 1)
     files = outcome_of(WriteEncryptedParquet(f"{tmp_path}/sealed/part", SCHEMA, **SETTINGS), ROWS[:4])
     assert sorted(file.rows for file in files) == [1, 1, 1, 1]
-    assert tenants.calls == {"GenerateDataKey": 3}
+    assert tenants.calls == {"GenerateDataKey": 6}  # for each key one of its files, and one of its section
+    assert len(sections_of(tmp_path / "sealed")) == 4
 
 
 def test_no_rows_make_no_file_since_no_key_is_known(tmp_path, tenants):  # noqa: F811
@@ -353,7 +398,9 @@ def test_the_command_takes_templates_and_allow_lists(data, tmp_path, tenants, ca
     words = ("--key", KEY, "--context", "tenant={tenant}")
     status, said = command(capfd, "encrypt", f"{data}/", "--output", f"{tmp_path}/sealed", *words, "--json")
     assert status == 0, said
-    assert json.loads(said)["kms_calls"] == json.loads(said)["kms_calls_to_check"] == {"GenerateDataKey": 3}
+    assert json.loads(said)["kms_calls_to_check"] == {"GenerateDataKey": 3}
+    assert json.loads(said)["kms_calls"] == {"GenerateDataKey": 6}  # for each key one of its shards and of its section
+    assert listing(tmp_path / "sealed") == with_manifest(*FILES)
     every = f"aws-kms://*?account={tenants.account}&alias=data-*"
     for number, reader in enumerate((words, ("--key", every, "--any-context"))):
         status, said = command(
@@ -386,12 +433,13 @@ def test_a_dataset_of_many_tenants_is_rotated_and_verified_by_an_allow_list(data
     dr = tenants.create_key("dr")
     run(EncryptFiles(f"{tmp_path}/sealed", **SETTINGS), f"{data}/")
     job = run(RotateKeys(allowed, add="aws-kms://alias/dr"), f"{tmp_path}/sealed/")
-    assert job.counters["key_files_changed"] == 6
-    assert tenants.calls["ReEncrypt"] == 3  # one for each data key
+    assert job.counters["key_files_changed"] == 7  # of six shards, and the manifest
+    assert tenants.calls["ReEncrypt"] == 6  # one for each data key: of the bundle, and of the sections
+    assert sections_of(tmp_path / "sealed") == {name: ([under(tenants)[name[7:11]], dr], name[7:11]) for name in FILES}
     assert {tuple(each[1:]) for each in keys_of(tmp_path / "sealed").values()} == {(dr,)}
     assert "key_files_changed" not in run(RotateKeys(allowed, add="aws-kms://alias/dr"), f"{tmp_path}/sealed/").counters
     verified = run(VerifyShards(key=allowed, context=ANY_CONTEXT), f"{tmp_path}/sealed/").results
-    assert len([file for file in verified if file.ok]) == len(verified) == 6
+    assert len([file for file in verified if file.ok]) == len(verified) == 7  # the manifest is one of them
     # All tenants under one new key, which is on the list itself: what is done is done.
     tenants.create_key("data-all")
     narrow = AllowedKeys([tenants.account], aliases=["data-*"])
@@ -399,7 +447,7 @@ def test_a_dataset_of_many_tenants_is_rotated_and_verified_by_an_allow_list(data
     arn = tenants._find("alias/data-all").arn
     assert {tuple(sorted(each)) for each in keys_of(tmp_path / "sealed").values()} == {tuple(sorted((dr, arn)))}
     again = run(RotateKeys(narrow, to="aws-kms://alias/data-all"), f"{tmp_path}/sealed/")
-    assert again.counters == {"key_files": 6, **{n: c for n, c in again.counters.items() if n.startswith("kms_")}}
+    assert again.counters == {"key_files": 7, **{n: c for n, c in again.counters.items() if n.startswith("kms_")}}
     wide = AllowedKeys([tenants.account])
     name, message = fails(RotateKeys(wide, to=f"aws-kms://{tenants.create_key()}"), f"{tmp_path}/sealed/")
     assert (name, "is wrapped by several keys of aws-kms://*?account=" in message) == ("WrongKeyError", True)
