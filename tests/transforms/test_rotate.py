@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
@@ -142,8 +143,8 @@ def test_requests_are_as_many_as_data_keys_and_not_more_than_so_many_in_a_second
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(rotate.time, "sleep", sleep)
-    monkeypatch.setattr(rotate.time, "monotonic", lambda: now[0])
+    # Of this module alone: threads that other tests left may sleep too.
+    monkeypatch.setattr(rotate, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     _, counters = run(RotateKeys(keys[0], to=keys[1], max_requests_per_s=4), str(tmp_path / "sealed"))
     assert (counters["key_files_changed"], counters["kms_Encrypt"]) == (10, 5)
     assert slept == [0.0, 0.25, 0.25, 0.25, 0.25]
