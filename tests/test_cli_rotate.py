@@ -369,3 +369,16 @@ def test_manifests_of_folders_below_go_along_too_and_a_broken_one_is_told(run):
     assert "days/2/_MANIFEST.json is not a readable manifest" in err
     decrypt("days/1/*.csv", "opened", NEW, context=CONTEXT, manifest="require")
     assert read_files("opened") == {"x.csv": b"x"}
+
+
+def test_a_rotation_of_columns_keys_leaves_the_manifest_which_is_under_the_footers_key(run):
+    other = OLD.replace("old", "other")
+    words = ("--key", OLD, "--columns", f"b={other}", "--context", "dataset=flights")
+    write_files("rows", {"t.csv": b"a,b\n1,2\n"})
+    assert cli.main(["encrypt", "rows/*.csv", "--format=parquet", "--output", "tables", *words]) == 0
+    before = Path("tables/_MANIFEST.json").read_bytes()
+    status, out, _ = run("tables", "--from", other, "--to", NEW)
+    assert (status, "Changed 1 of 2 key files" in out) == (0, True)
+    assert Path("tables/_MANIFEST.json").read_bytes() == before
+    readers = ("--key", OLD, "--key", NEW, "--context", "dataset=flights", "--manifest=require")
+    assert cli.main(["verify", "tables", *readers]) == 0

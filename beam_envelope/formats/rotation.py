@@ -112,13 +112,15 @@ class Rotator:
         they are.
 
         Raises:
-            WrongKeyError: no key of the rotation wrapped it, or no form that can be relied on would be left.
+            WrongKeyError: no key of the rotation wrapped it (a manifest stays as it is then), or no form that can be
+                relied on would be left.
             TamperedError: it has two forms by the key to rotate from.
             FormatError: it would have more forms than a key file holds.
             KeyAccessError, KmsUnavailableError: from the KMS.
         """
         ours = [any(self._forms(data_key, key) for key in self._rotation.keys) for data_key in key_file.data_keys]
-        if not any(ours):
+        # A manifest is under the keys of footers, so it may be no concern of a rotation of columns' keys.
+        if not any(ours) and not isinstance(key_file, Manifest):
             raise self._not_ours(key_file.data_keys, what)
         return tuple(
             self._plan(data_key, what) if concerned else Step(data_key, kms_keys=_names(data_key.wrapped_keys))
