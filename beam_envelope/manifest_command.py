@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(figures))  # noqa: T201  # what the command is asked for
     else:
         _show(left)
-        done = [f"{len(survey.shard_ids)} shards are listed and there"]
+        n = len(survey.shard_ids)
+        done = [f"{n} {'shard is' if n == 1 else 'shards are'} listed and there"]
         done += [f"{len(unlisted)} added"] if arguments.add else []
         done += [f"{len(survey.missing)} taken from the list"] if arguments.forget else []
         done += [f"{sections} sections made one"] if sections else []

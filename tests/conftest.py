@@ -69,7 +69,8 @@ def local_key(tmp_path):
 def fake_kms(monkeypatch, no_settings_of_the_user):
     """A FakeKms that `aws-kms://` keys of this process and of its children reach."""
     with FakeKms() as kms:
-        for name, value in kms.environment().items():
+        credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}  # which S3 takes too
+        for name, value in (kms.environment() | credentials).items():
             monkeypatch.setenv(name, value)
         yield kms
 

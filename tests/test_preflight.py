@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import beam_envelope
-from beam_envelope import EnvelopeError, KeyAccessError, KmsUnavailableError, cli, preflight
+from beam_envelope import EnvelopeError, KeyAccessError, KmsUnavailableError, cli, preflight, worker_check
 from beam_envelope.formats.keyfile import KeyFile
 from beam_envelope.formats.rotation import Rotation
 from beam_envelope.keys import aws_check
@@ -401,8 +401,8 @@ def test_a_worker_with_another_release_is_told(kms, run, worker_with, tmp_path):
     assert f"beam-envelope is 0.0.1, and {beam_envelope.__version__} on the launcher. Give the workers the same" in err
     assert "mismatch" in err
     # As where there is none: if the file were gone, an editable install's finder would take the launcher's.
-    missing = "No module named 'beam_envelope.preflight'"
-    (copy / "preflight.py").write_text(f"raise ModuleNotFoundError({missing!r})\n")
+    missing = "No module named 'beam_envelope.worker_check'"
+    (copy / "worker_check.py").write_text(f"raise ModuleNotFoundError({missing!r})\n")
     status, _, err = run(*words)
     assert status == 1
     assert "The workers have no beam-envelope, or another version of it" in err
@@ -411,8 +411,8 @@ def test_a_worker_with_another_release_is_told(kms, run, worker_with, tmp_path):
 
 def test_what_differs_of_software_is_named():
     here = {"Python": "3.11", "apache-beam": "2.77.0", "[vault]": "yes"}
-    assert preflight.compare_software(here, dict(here), "worker 1").state == "ok"
-    finding = preflight.compare_software(here, here | {"Python": "3.13", "[vault]": "no"}, "worker 1")
+    assert worker_check.compare_software(here, dict(here), "worker 1").state == "ok"
+    finding = worker_check.compare_software(here, here | {"Python": "3.13", "[vault]": "no"}, "worker 1")
     assert finding.state == "mismatch"
     assert finding.message.startswith(
         "Python is 3.13, and 3.11 on the launcher; [vault] is no, and yes on the launcher"
@@ -439,7 +439,7 @@ def test_extras_that_workers_must_have(kms, monkeypatch):
     options = PipelineOptions(["--direct_running_mode=in_memory"])
     found = beam_envelope.check_workers(ETL, options, extras=["fsspec"])
     assert "[fsspec] yes" in found[0].permission
-    monkeypatch.setitem(preflight._EXTRAS, "fsspec", "no_such_module")
+    monkeypatch.setitem(worker_check._EXTRAS, "fsspec", "no_such_module")
     with pytest.raises(EnvelopeError, match=r"\[fsspec\] is no, and yes"):
         beam_envelope.check_workers(ETL, options, extras=["fsspec"])
 

@@ -8,20 +8,31 @@ Payloads are large_binary arrays: null where the value is null. What encrypts th
 from __future__ import annotations
 
 import struct
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_envelope.errors import FormatError
+from beam_envelope.formats.binary_array import (
+    NOTHING,
+    Numbers,
+    bitmap,
+    data_of,
+    fixed,
+    gather,
+    join,
+    narrow,
+    offsets_of,
+    payloads,
+    valid_of,
+)
 
-_NOTHING: Final = pa.scalar(b"", pa.large_binary())
 _NULL: Final = 0xFFFFFFFF
 _FRAME: Final = struct.Struct("<I")
 _FEW_ROWS: Final = 32
 _MAX_ITEMS: Final = 2**31 - 1
-Numbers = np.ndarray[Any, Any]
 
 
 class TooLargeError(FormatError):
@@ -30,62 +41,6 @@ class TooLargeError(FormatError):
     def __init__(self, kind: pa.DataType) -> None:
         """Name the type."""
         super().__init__(f"so many different values do not fit into one array of type {kind}. Read smaller batches")
-
-
-def _bitmap(valid: Numbers | None) -> pa.Buffer | None:
-    return None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
-
-
-def payloads(n: int, offsets: Numbers, data: pa.Buffer | Numbers, valid: Numbers | None = None) -> pa.Array:
-    """Return a large_binary array over `data`: n values, of which `valid` says which are not null."""
-    body = data if isinstance(data, pa.Buffer) else pa.py_buffer(np.ascontiguousarray(data))
-    starts = pa.py_buffer(np.ascontiguousarray(offsets, np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), n, [_bitmap(valid), starts, body])
-
-
-def offsets_of(array: pa.Array) -> Numbers:
-    """Return the n + 1 offsets of a large_binary array into its data buffer."""
-    if len(array) == 0:
-        return np.zeros(1, np.int64)
-    return np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1]
-
-
-def data_of(array: pa.Array) -> Numbers:
-    """Return the data buffer of a large_binary array, all of it."""
-    buffer = array.buffers()[2]
-    return np.zeros(0, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8)
-
-
-def join(*parts: pa.Array | pa.Scalar) -> pa.Array:
-    """Return the concatenations of the values of each row; null where one is null."""
-    return pc.binary_join_element_wise(*parts, _NOTHING)
-
-
-def cut(array: pa.Array, start: int, stop: int | None = None) -> pa.Array:
-    """Return each value's bytes from `start` to `stop`, or to its end; `binary_slice` of pyarrow 25 fails on nulls."""
-    offsets = offsets_of(array)
-    starts = np.minimum(offsets[:-1] + start, offsets[1:])
-    ends = offsets[1:] if stop is None else np.minimum(offsets[:-1] + stop, offsets[1:])
-    return _gather(array.buffers()[2] or pa.py_buffer(b""), starts, ends, valid_of(array))
-
-
-def narrow(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Return large_binary values of 2 GiB or less in all as binary or string; the data stays where it is."""
-    offsets = offsets_of(array)
-    starts = pa.py_buffer((offsets - offsets[0]).astype(np.int32))
-    data = (array.buffers()[2] or pa.py_buffer(b"")).slice(int(offsets[0]))
-    return pa.Array.from_buffers(kind, len(array), [_bitmap(valid_of(array)), starts, data])
-
-
-def fixed(rows: Numbers) -> pa.Array:
-    """Return a matrix of bytes as a large_binary array, a row a value."""
-    n, width = rows.shape
-    return payloads(n, np.arange(n + 1, dtype=np.int64) * width, rows.reshape(-1))
-
-
-def valid_of(array: pa.Array) -> Numbers | None:
-    """Return which values are not null, or None where all are valid."""
-    return None if array.null_count == 0 else array.is_valid().to_numpy(zero_copy_only=False)
 
 
 # --------------------------------------------------------------------------------------------------- encode
@@ -153,7 +108,7 @@ def _frame(array: pa.Array) -> pa.Array:
         msg = "one value inside a list, struct or map has 4 GiB or more, which is too long for a cell"
         raise ValueError(msg)
     heads = fixed(lengths.astype("<u4").view(np.uint8).reshape(-1, 4))
-    return pc.binary_join_element_wise(heads, array, _NOTHING, null_handling="replace", null_replacement="")
+    return pc.binary_join_element_wise(heads, array, NOTHING, null_handling="replace", null_replacement="")
 
 
 def _encode_struct(array: pa.Array) -> pa.Array:
@@ -267,22 +222,13 @@ def _decode_fixed(array: pa.Array, kind: pa.DataType) -> pa.Array:
         body = np.packbits(rows.reshape(-1), bitorder="little")
     else:
         body = np.ascontiguousarray(rows).reshape(-1)
-    return pa.Array.from_buffers(kind, n, [_bitmap(valid), pa.py_buffer(body)])
-
-
-def _gather(data: pa.Buffer, starts: Numbers, ends: Numbers, valid: Numbers | None) -> pa.Array:
-    """Return slices of a buffer, in the order in which they lie there; null where they are not valid."""
-    bounds = np.stack([starts, ends], axis=1).reshape(-1)
-    if not len(starts):
-        return pa.array([], pa.large_binary())
-    slices = payloads(len(bounds) - 1, bounds, data)  # every second one is what lies between two slices
-    return slices.take(pa.array(np.arange(0, len(bounds), 2), mask=None if valid is None else ~valid))
+    return pa.Array.from_buffers(kind, n, [bitmap(valid), pa.py_buffer(body)])
 
 
 def _gather_frames(data: Numbers, starts: Numbers, lengths: Numbers) -> pa.Array:
     null = lengths == _NULL
     ends = starts + np.where(null, 0, lengths)
-    return _gather(pa.py_buffer(data), starts, ends, ~null if null.any() else None)
+    return gather(pa.py_buffer(data), starts, ends, ~null if null.any() else None)
 
 
 def _heads(data: Numbers, at: Numbers, ends: Numbers) -> Numbers:
@@ -312,7 +258,7 @@ def _decode_struct(array: pa.Array, kind: pa.DataType) -> pa.Array:
         children.append(_decode(_spread(child, valid), kind.field(number).type))
         at = at + 4 + np.where(lengths == _NULL, 0, lengths)
     _require((at == ends).all())
-    return pa.Array.from_buffers(kind, len(array), [_bitmap(valid)], children=children)
+    return pa.Array.from_buffers(kind, len(array), [bitmap(valid)], children=children)
 
 
 def _decode_list(array: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -323,7 +269,7 @@ def _decode_list(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if pa.types.is_fixed_size_list(kind):
         _require((counts == kind.list_size).all() and n * kind.list_size <= _MAX_ITEMS)
         values = _decode(_spread(items, valid, kind.list_size), kind.value_type)
-        return pa.Array.from_buffers(kind, n, [_bitmap(valid)], children=[values])
+        return pa.Array.from_buffers(kind, n, [bitmap(valid)], children=[values])
     if pa.types.is_map(kind):
         _require(items.null_count == 0)
         values = _decode(items, pa.struct([kind.key_field, kind.item_field]))
@@ -340,9 +286,9 @@ def _decode_list(array: pa.Array, kind: pa.DataType) -> pa.Array:
         _require(keys.null_count == 0)  # also makes Arrow count them; it ends the process if it meets one later
         mask = None if valid is None else np.append(~valid, False)
         return pa.MapArray.from_arrays(pa.array(bounds, mask=mask), keys, values.field(1), kind)
-    buffers = [_bitmap(valid), pa.py_buffer(bounds)]
+    buffers = [bitmap(valid), pa.py_buffer(bounds)]
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        buffers = [_bitmap(valid), pa.py_buffer(bounds[:-1].copy()), pa.py_buffer(sizes.astype(width))]
+        buffers = [bitmap(valid), pa.py_buffer(bounds[:-1].copy()), pa.py_buffer(sizes.astype(width))]
     return pa.Array.from_buffers(kind, n, buffers, children=[values])
 
 

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from beam_envelope.errors import DATA_ERRORS, EnvelopeError, FormatError
 from beam_envelope.formats import cell
-from beam_envelope.formats.cell import Numbers, TooLargeError, cut
+from beam_envelope.formats.binary_array import Numbers, cut
+from beam_envelope.formats.cell import TooLargeError
 from beam_envelope.formats.cell_type import MAX_BYTES, describe, parse
 
 _NULL_CELL: Final = pa.scalar(b"n\x00", pa.large_binary())

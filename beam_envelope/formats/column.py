@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 
 from beam_envelope.errors import FormatError, TamperedError, TruncatedError
 from beam_envelope.formats import cell
-from beam_envelope.formats.cell import Numbers, cut, data_of, fixed, join, offsets_of, payloads, valid_of
+from beam_envelope.formats.binary_array import Numbers, cut, data_of, fixed, join, offsets_of, payloads, valid_of
 from beam_envelope.formats.cell_values import ONE_CELL, Failures, fail
 from beam_envelope.formats.keyfile import RAW_CELL_CIPHER
 from beam_envelope.formats.record import RecordDecryptor, RecordEncryptor, check_envelope

@@ -26,7 +26,7 @@ from beam_envelope.errors import (
 )
 from beam_envelope.formats import cell, column, raw_cell
 from beam_envelope.formats.arrow_path import KEY_ID_SUFFIX, Column, Place, Table, replace_column
-from beam_envelope.formats.cell import offsets_of
+from beam_envelope.formats.binary_array import narrow, offsets_of
 from beam_envelope.formats.cell_type import value_type
 from beam_envelope.formats.cell_values import ONE_CELL, Failures, decode_each, from_cells, to_cells
 from beam_envelope.formats.dataset_key import DeterministicEncryptor
@@ -165,7 +165,7 @@ def _narrow(sealed: pa.Array) -> list[pa.Array]:
     offsets, start, chunks = offsets_of(sealed), 0, []
     while start < len(sealed):
         end = int(np.searchsorted(offsets, offsets[start] + _MAX_BINARY, "right")) - 1
-        chunks.append(cell.narrow(sealed.slice(start, end - start), pa.binary()))
+        chunks.append(narrow(sealed.slice(start, end - start), pa.binary()))
         start = end
     return chunks or [pa.array([], pa.binary())]
 

@@ -347,7 +347,7 @@ def _refused(error: boto_errors.ClientError, path: str, permission: str) -> OSEr
         number, text = errno.EACCES, f"access denied; the caller needs {permission} on it. {said}"
     elif code == "403":  # the answer to a HEAD, which has no text
         number, text = errno.EACCES, f"access denied; the caller needs {permission} on it, and valid credentials"
-    elif status == 403:  # noqa: PLR2004  # HTTP; SignatureDoesNotMatch and its like
+    elif status == 403 or code == "InvalidAccessKeyId":  # noqa: PLR2004  # HTTP; SignatureDoesNotMatch and its like
         number, text = errno.EACCES, f"S3 does not take these credentials; check them. {said}"
     elif status == 404:  # noqa: PLR2004  # HTTP
         number, text = errno.ENOENT, "there is no such object"

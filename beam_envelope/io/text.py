@@ -15,6 +15,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io import textio
+from apache_beam.io.filebasedsink import DEFAULT_SHARD_NAME_TEMPLATE, DEFAULT_WINDOW_SHARD_NAME_TEMPLATE
 from apache_beam.io.filebasedsource import ReadAllFiles
 from apache_beam.io.filesystems import FileSystems
 
@@ -28,6 +29,7 @@ from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import PathSettings, Settings, use_settings
 from beam_envelope.io.store import expand, key_file_path, split_path
 from beam_envelope.io.text_by_key import WriteTextByKey
+from beam_envelope.io.text_by_window import WriteTextByWindow
 from beam_envelope.keys.choice import KeyChoice, KeyFields, PathFields, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.uri import Key
@@ -94,10 +96,14 @@ class WriteEncryptedText(beam.PTransform["beam.PCollection[Any]", "beam.PCollect
         )
         if self._by_key is not None:
             return lines | "ByKey" >> self._by_key
+        if not lines.is_bounded:
+            sink: Any = copy.copy(self._write._sink)  # noqa: SLF001  # where WriteToText has it
+            sink.say_window()
+            return lines | "Write" >> WriteTextByWindow(sink)
         paths: beam.PCollection[str] = (
             lines | "Write" >> self._write | "Paths" >> beam.Map(inner_path).with_output_types(str)
         )
-        if self._folder is None or not paths.is_bounded:
+        if self._folder is None:
             return paths
         # Beam names all of them in one bundle, and each is looked at.
         spread = paths | "Spread" >> beam.Reshuffle()
@@ -217,6 +223,12 @@ class _TextSink(textio._TextSink):  # noqa: SLF001  # Beam's text sink has no pu
     """Beam's text sink, whose files are opened under settings of its own, in a folder that no reader looks into."""
 
     envelope_settings: Settings
+
+    def say_window(self) -> None:
+        """Have the window in the shards' names, unless a template was given."""
+        if self.shard_name_template == DEFAULT_SHARD_NAME_TEMPLATE:
+            self.shard_name_template = DEFAULT_WINDOW_SHARD_NAME_TEMPLATE
+            self.shard_name_format = self._template_to_format(self.shard_name_template)
 
     def _create_temp_dir(self, file_path_prefix: str) -> str:
         folder, _ = FileSystems.split(super()._create_temp_dir(file_path_prefix))

@@ -390,12 +390,11 @@ def _check_format(format: str, keys: object, aad: Aad) -> None:  # noqa: A002
 
 
 def _display(keys: WriteKeys | ReadKeys | MessageWriteKeys | MessageReadKeys, form: _Form) -> dict[str, Any]:
-    compact = isinstance(keys, (WriteKeys, ReadKeys))
-    names = "any" if isinstance(keys.context, AnyContext) else ", ".join(name for name, _ in keys.context)
+    store = {"keys": keys.store.place} if isinstance(keys, (WriteKeys, ReadKeys)) else {}
     return {
         "key": ", ".join(map(str, keys.keys)),
-        "context": names,
-        "format": "compact" if compact else _MESSAGES,
+        "context": "any" if isinstance(keys.context, AnyContext) else ", ".join(name for name, _ in keys.context),
+        "format": "compact" if store else _MESSAGES,
         "keyed": form.keyed,
-        **({"keys": keys.store.place} if isinstance(keys, (WriteKeys, ReadKeys)) else {}),
+        **store,
     }

@@ -167,7 +167,7 @@ def test_neither_plaintext_nor_a_key_is_in_its_folder(client, gateway, kms, tmp_
     large = CANARY.encode() * (2 * PART // len(CANARY))
     contents = {f"{number}.csv": f"{CANARY},{number}\n".encode() * 1000 for number in range(5)} | {"large": large}
     encrypt(write_files(tmp_path / "data", contents), "s3://sealed/", KEY, context=CONTEXT)
-    key_files = list(gateway.objects.rglob("_KEY_FOR_*"))
+    key_files = list((gateway.objects / "sealed").rglob("_KEY_FOR_*"))
     assert len(key_files) == len(contents)
     data_keys = [key for path in key_files for key in KeyFile.from_bytes(path.read_bytes(), "a key file").data_keys]
     wrapped = {form.wrapped for key in data_keys for form in key.wrapped_keys}

@@ -24,7 +24,7 @@ from beam_envelope import (
     TruncatedError,
 )
 from beam_envelope.formats import column
-from beam_envelope.formats.cell import payloads
+from beam_envelope.formats.binary_array import payloads
 from beam_envelope.formats.dataset_key import DeterministicEncryptor
 from beam_envelope.formats.keyfile import RAW_CELL_CIPHER, RECORD_CIPHER
 from beam_envelope.formats.keystore import LocalKeyStore

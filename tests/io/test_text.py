@@ -11,9 +11,7 @@ from apache_beam.io.source_test_utils import (
     read_from_source,
 )
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.testing.test_stream import TestStream as Stream
 from apache_beam.testing.util import assert_that, equal_to
-from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
 from beam_envelope import ANY_CONTEXT, ReadAllEncryptedText, ReadEncryptedText, WriteEncryptedText, open_shard
 from beam_envelope.errors import ContextMismatchError, WrongKeyError
@@ -148,22 +146,6 @@ def test_any_split_of_a_shard_gives_each_line_once(tmp_path, local_key):
     (whole,) = source.split(desired_bundle_size=1 << 40)
     assert_reentrant_reads_succeed((whole.source, whole.start_position, whole.stop_position))
     assert_split_at_fraction_exhaustive(whole.source, whole.start_position, whole.stop_position)
-
-
-def test_unbounded_input_is_written_by_windows(tmp_path, local_key):
-    stream = Stream()
-    for window in range(3):
-        stream = stream.add_elements([TimestampedValue(f"CANARY-{window}-{n}", window * 10 + n) for n in range(5)])
-        stream = stream.advance_watermark_to((window + 1) * 10)
-    options = PipelineOptions(["--streaming"])
-    with beam.Pipeline("BundleBasedDirectRunner", options=options) as p:
-        elements = p | stream.advance_watermark_to_infinity() | beam.WindowInto(FixedWindows(10))
-        _ = elements | WriteEncryptedText(f"{tmp_path}/part", key=local_key, triggering_frequency=10, num_shards=1)
-    shards = [path for path in tmp_path.iterdir() if path.name.startswith("part")]
-    assert len(shards) == 3
-    read = sorted(line for path in shards for line in lines_of(path, local_key))
-    assert read == sorted(f"CANARY-{window}-{n}" for window in range(3) for n in range(5))
-    assert find_plaintext([tmp_path], b"CANARY-") == []
 
 
 def test_transforms_travel_without_key_material(local_key, tmp_path):
