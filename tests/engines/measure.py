@@ -129,6 +129,8 @@ class Bench:
         if self.cluster is not None:
             newest = max(self.cluster.rest("/jobs/overview")["jobs"], key=lambda job: job["start-time"])
             seconds = newest["duration"] / 1000
+            if restarts := self.cluster.restarts(newest["jid"]):
+                sys.stderr.write(f"{job}: Flink started it again {restarts} times, and its time counts; see {log}\n")
         shutil.rmtree(output, ignore_errors=True)
         return {"seconds": seconds, "launcher_mib": peaks.launcher // MIB, "worker_mib": peaks.worker // MIB}
 

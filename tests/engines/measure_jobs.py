@@ -37,7 +37,7 @@ def copy_files(begin, data, output, shards):
 
 def encrypt_files(begin, data, output, shards):
     """EncryptFiles."""
-    return begin | beam.Create([f"{data}/*"]) | EncryptFiles(output, key=KEY)
+    return begin | beam.Create([f"{data}/*"]) | EncryptFiles(output, key=KEY, if_exists="overwrite")
 
 
 def plain_text(begin, data, output, shards):

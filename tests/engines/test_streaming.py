@@ -25,7 +25,7 @@ STREAM_S = float(os.environ.get("BEAM_ENVELOPE_STREAM_S", "15"))
 INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.2  # Flink keeps something of each time that a source waited
 ELEMENTS = int(STREAM_S / INTERVAL_S)
 DATA_KEY_S = 300  # the shortest life that DataKeyPolicy gives a data key
-ENGINES = ["Prism", "Flink embedded"]
+ENGINES = ["Prism", "Flink cluster"]
 
 
 class Sample(NamedTuple):
@@ -132,17 +132,17 @@ def stream(engine, is_flink, checkpoints, kms, tmp_path, monkeypatch, record_pro
     return run
 
 
-def check_all_are_there(found, *, is_flink):
-    """Check that each element is there: once, and on Flink at least once."""
+def check_all_are_there(found, *, restarts):
+    """Check that each element is there: once, or where Flink had to start the job again, at least once."""
     assert found.keys() == set(map(text_of, range(ELEMENTS)))
     twice = {text: times for text, times in found.items() if times > 1}
     print(f"{len(twice)} of {ELEMENTS} came more than once: {twice}")  # noqa: T201  # for `pytest -s`
-    assert is_flink or not twice
+    assert restarts or not twice
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
 class TestStream:
-    def test_the_kms_is_asked_once_for_many_bundles(self, stream, engine, is_flink):
+    def test_the_kms_is_asked_once_for_many_bundles(self, stream, engine):
         ran = stream("records")
         steps = engine.workers * len(SOURCES) * (1 + ran.restarts)  # a busy machine may miss Flink's heartbeats
         last = ran.samples[-1]
@@ -153,17 +153,16 @@ class TestStream:
             assert early.calls == last.calls, ran.report()
         assert ran.leaks == set()
         for source in SOURCES:
-            check_all_are_there(ran.records(source), is_flink=is_flink)
+            check_all_are_there(ran.records(source), restarts=ran.restarts)
 
     def test_each_window_of_text_is_a_shard_with_a_key_of_its_own(self, stream, is_flink):
+        """Lines wait in Flink's state for the end of their window, and so are in its checkpoints."""
         ran = stream("text")
         windows = [len(ran.shards(source)) for source in SOURCES]
         assert all(number >= STREAM_S / WINDOW_S for number in windows), windows
-        if is_flink:  # it may begin a source anew, and so windows
-            assert ran.samples[-1].calls >= sum(windows), ran.report()
-        else:
+        assert is_flink or ran.leaks == set()
+        if not ran.restarts:  # which write shards again
             assert max(windows) <= STREAM_S / WINDOW_S + 1, windows
             assert ran.samples[-1].calls == sum(windows), ran.report()
-            assert ran.leaks == set()
         for source in SOURCES:
-            check_all_are_there(ran.lines(source), is_flink=is_flink)
+            check_all_are_there(ran.lines(source), restarts=ran.restarts)
