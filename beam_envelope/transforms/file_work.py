@@ -22,6 +22,11 @@ from beam_envelope.transforms.runner_limits import check_on_dask
 # What concerns one file goes to an error handler, where there is one.
 _DEAD_LETTERS: Final = (*DATA_ERRORS, FileNotFoundError, PermissionError)
 
+_STARTED_AGAIN: Final = (
+    "If the engine has started this job again, as Flink does, its first try may have written it: why that failed is "
+    "further up in the log, and skip goes on from there"
+)
+
 
 @typehints.with_input_types(str | FileMetadata)
 class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "beam.PCollection[Any]"]):
@@ -99,6 +104,8 @@ class _PlanDoFn(beam.DoFn):
                 raise
             name = source.path if isinstance(source, FileMetadata) else source
             yield beam.pvalue.TaggedOutput("failed", _failed(name, error))
+        except FileExistsError as error:
+            raise FileExistsError(error.errno, f"{error.strerror}. {_STARTED_AGAIN}", error.filename) from None
 
 
 class FileDoFn(beam.DoFn, abc.ABC):

@@ -25,7 +25,6 @@ from pathlib import Path
 from beam_envelope.testing import FakeKms
 from tests.engines.flink import FlinkCluster
 from tests.engines.server import clean_environment, descendants, kill_session, tail
-from tests.engines.worker_pool import WorkerPool
 
 MIB = 1 << 20
 PAIRS = {
@@ -86,17 +85,15 @@ class Bench:
 
     def __init__(self, place, environment, task_managers):
         self.place, self.environment = Path(place), environment
-        self.cluster = self.pool = None
+        self.cluster = None
         self._stack = contextlib.ExitStack()
         self.options = TWO_PROCESSES
         if task_managers:
             folder = Path(tempfile.mkdtemp(dir=place, prefix="flink-"))
-            self.cluster = FlinkCluster(folder / "cluster", task_managers)
+            self.cluster = FlinkCluster(folder / "cluster", task_managers, environment=environment)
             self._stack.callback(self.cluster.stop)
-            self.pool = WorkerPool(folder / "pool", boot=True, environment=environment)
-            self._stack.callback(self.pool.stop)
             flink = [word for word in self.cluster.options if not word.startswith("--parallelism")]
-            self.options = [*flink, *self.pool.options, f"--parallelism={task_managers}"]
+            self.options = [*flink, f"--parallelism={task_managers}"]
 
     def __enter__(self):
         return self
@@ -117,7 +114,8 @@ class Bench:
                 [sys.executable, "-m", "tests.engines.measure_jobs", *map(str, words)],
                 stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True,
             )  # fmt: skip
-        above = [process.pid, *([self.pool.pid] if self.pool else [])]
+        managers = self.cluster.task_managers.values() if self.cluster else []
+        above = [process.pid, *(manager.pid for manager in managers)]
         try:
             with Peaks(process.pid, above) as peaks:
                 said, _ = process.communicate()
