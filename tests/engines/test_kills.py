@@ -22,7 +22,6 @@ from tests.engines.flink import FlinkCluster
 from tests.engines.kill_jobs import JOBS, prepare, start_trial
 from tests.engines.launcher import Launchers
 from tests.engines.server import wait_for
-from tests.engines.worker_pool import WorkerPool
 
 MOMENTS = int(os.environ.get("BEAM_ENVELOPE_KILLS", "1"))
 SEED = int(os.environ.get("BEAM_ENVELOPE_KILLS_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -180,17 +179,19 @@ def test_worker_processes(launchers, prepared, tmp_path, name, kill):
 
 
 class Flink:
-    """A cluster with a worker pool; all jobs are steps of one, since submitting one takes long.
+    """A cluster; all jobs are steps of one, since submitting one takes long.
 
     Args:
         cluster: a FlinkCluster.
-        pool: a WorkerPool.
     """
 
-    def __init__(self, cluster, pool):
-        self.cluster, self.pool = cluster, pool
-        self.options = [*cluster.options, *pool.options]
+    def __init__(self, cluster):
+        self.cluster = cluster
         self.old_workers = set()  # those of jobs before end a while after them
+
+    def workers(self):
+        """Return the process ids of all workers."""
+        return {pid for number in self.cluster.task_managers for pid in self.cluster.workers(number)}
 
     def cancel(self):
         """Cancel all jobs, so that others have their slots."""
@@ -209,8 +210,9 @@ class Flink:
         self.cluster.start_task_manager(1)
 
     def an_sdk_worker(self, launcher):
-        """Kill a worker process of the pool, which Flink asks for another then."""
-        self.pool.kill_worker(random.Random(SEED).choice(sorted(set(self.pool.workers()) - self.old_workers)))
+        """Kill a worker process, in whose place its TaskManager starts another."""
+        with suppress(ProcessLookupError):
+            os.kill(random.Random(SEED).choice(sorted(self.workers() - self.old_workers)), signal.SIGKILL)
 
     def the_job_manager(self, launcher):
         """Kill the JobManager, with it the job, and start another."""
@@ -225,13 +227,10 @@ def flink(kms, tmp_path_factory):
         pytest.skip(f"{' and '.join(sorted(missing))} not built: run `make engines`")
     folder = tmp_path_factory.mktemp("flink")
     # Of a TaskManager that is lost, each task that notices counts as an attempt.
-    cluster = FlinkCluster(folder / "cluster", settings={"restart-strategy.fixed-delay.attempts": 100})
-    try:
-        pool = WorkerPool(folder / "pool", boot=True, environment=kms.environment())
-        yield Flink(cluster, pool)
-        pool.stop()
-    finally:
-        cluster.stop()
+    attempts = {"restart-strategy.fixed-delay.attempts": 100}
+    cluster = FlinkCluster(folder / "cluster", settings=attempts, environment=kms.environment())
+    yield Flink(cluster)
+    cluster.stop()
 
 
 @pytest.mark.parametrize("part", ["a_task_manager", "an_sdk_worker", "the_job_manager"])
@@ -239,8 +238,8 @@ def test_flink(flink, launchers, prepared, tmp_path, part):
     trials = Trials(launchers, prepared, tmp_path / "place", part)
     for _ in range(MOMENTS):
         flink.cluster.wait_for_task_managers(2)
-        flink.old_workers, restarts = set(flink.pool.workers()), flink.restarts()
-        launcher = trials.kill_in_the_middle(JOBS, flink.options, getattr(flink, part), "skip")
+        flink.old_workers, restarts = flink.workers(), flink.restarts()
+        launcher = trials.kill_in_the_middle(JOBS, flink.cluster.options, getattr(flink, part), "skip")
         if launcher is None:
             trials.check(JOBS, "an end before the kill")
             continue
@@ -254,7 +253,7 @@ def test_flink(flink, launchers, prepared, tmp_path, part):
         if said != []:
             _say(f"{part}: {said}"[-2000:])
             flink.cluster.wait_for_task_managers(2)
-            trials.run_again(JOBS, flink.options)
+            trials.run_again(JOBS, flink.cluster.options)
         trials.check(JOBS, f"{part} was killed")
     trials.end()
 
@@ -264,7 +263,7 @@ def test_a_kms_that_is_away_for_a_while(flink, kms, launchers, prepared, tmp_pat
     place = tmp_path / "place"
     start_trial(prepared, place)
     before, restarts = kms.calls.total(), flink.restarts()
-    launcher = launchers.start("write", JOBS, place, flink.options, "skip")
+    launcher = launchers.start("write", JOBS, place, flink.cluster.options, "skip")
     wait_for(lambda: kms.calls.total() > before or not launcher.is_alive(), "the first call", seconds=300)
     kms.__exit__(None)
     try:
@@ -279,5 +278,5 @@ def test_a_kms_that_is_away_for_a_while(flink, kms, launchers, prepared, tmp_pat
     _say(f"KMS away for {KMS_AWAY_S} s: restarts {flink.restarts() - restarts}, {said}"[:3000])
     if said != []:
         assert "KmsUnavailableError" in said
-        assert launchers.run("write", JOBS, place, flink.options, "skip") == []
+        assert launchers.run("write", JOBS, place, flink.cluster.options, "skip") == []
     assert launchers.run("check", JOBS, place) == []
