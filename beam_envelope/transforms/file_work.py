@@ -60,8 +60,9 @@ class FilesTransform(beam.PTransform["beam.PCollection[str | FileMetadata]", "be
         check_on_dask(sources, type(self).__name__, self._handler)
         catch = self._handler is not None
         tasks, unplanned = self._apply("Plan", _PlanDoFn(self.plan, catch=catch, lists=self.lists), sources)
-        # Grouping finds two sources that would overwrite each other, and spreads the files over the workers.
-        grouped = tasks | "Group" >> beam.GroupByKey()
+        # Grouping finds two sources that would overwrite each other. It deals files out by the hashes of their names,
+        # by which one of two workers can get seven of eight; after it they are dealt out in turn.
+        grouped = tasks | "Group" >> beam.GroupByKey() | "Spread" >> beam.Reshuffle()
         done, undone = self._apply(self.work.label, self.work.catching(catch=catch), grouped)
         if catch:
             self._handler.add_error_pcollection((unplanned, undone) | "Failed" >> beam.Flatten())

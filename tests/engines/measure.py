@@ -195,11 +195,15 @@ def memory(place, environment, sizes):
 
 
 def _files(folder, number, size):
-    """Write files of random bytes, in blocks; return the folder."""
+    """Write files of random bytes, in blocks; return the folder. Large ones are one file by several names."""
     folder.mkdir(exist_ok=True)
     block = os.urandom(min(size, MIB))
     for name in range(number):
-        with (folder / f"{name:06}").open("wb") as stream:
+        path = folder / f"{name:06}"
+        if name and size > MIB:
+            path.hardlink_to(folder / f"{0:06}")
+            continue
+        with path.open("wb") as stream:
             for _ in range(max(1, size // MIB)):
                 stream.write(block)
     return folder
