@@ -173,6 +173,7 @@ def cost(place, environment, sizes):
             data = files if name == "EncryptFiles" else lines
             plain, sealed = (bench.net(job, data, small, sizes.repeat) for job in pair)
             found[name] = {"plain": plain, "encrypted": sealed, "ratio": _ratio(sealed["net_s"], plain["net_s"])}
+            sys.stderr.write(f"{name}: {json.dumps(found[name])}\n")
     shutil.rmtree(files)
     return found
 
