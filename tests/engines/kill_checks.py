@@ -28,7 +28,9 @@ def problems_of(names, place):
 def _problems_of_names(name, here):
     sealed = here / "sealed"
     below = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
-    unfinished = [path for path in below if any(part.startswith(TEMPORARY_PREFIX) for part in path.parts)]
+    # Beam's own WriteToText, which the records are written by, calls its unfinished folders otherwise.
+    prefixes = (TEMPORARY_PREFIX,) if JOBS[name].shards else (TEMPORARY_PREFIX, "beam-temp-")
+    unfinished = [path for path in below if any(part.startswith(prefixes) for part in path.parts)]
     data = [p for p in below if p not in unfinished and p.name != MANIFEST_NAME and not is_key_file(p.name)]
     problems = [f"{name}: {path.relative_to(here)} would be taken for data" for path in data if path.parent != sealed]
     if JOBS[name].shards:
