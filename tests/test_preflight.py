@@ -422,7 +422,7 @@ def test_what_differs_of_software_is_named():
 @pytest.mark.parametrize("metrics", [True, False], ids=["metrics", "no metrics"])
 def test_check_workers_is_for_pipelines_of_ones_own(kms, monkeypatch, metrics):
     if not metrics:
-        monkeypatch.setattr(preflight, "_findings_of", lambda _: [])  # as of a runner that has none
+        monkeypatch.setattr(worker_check, "_findings_of", lambda _: [])  # as of a runner that has none
     options = PipelineOptions(["--direct_running_mode=in_memory"])
     needs = [Need.GENERATE, Need.UNWRAP]
     found = beam_envelope.check_workers(ETL, options, context=CONTEXT, needs=needs)

@@ -128,7 +128,7 @@ def test_a_role_is_asked_for_with_its_external_id_by_the_usual_credentials(sts):
     (request,) = sts.requests
     assert request["Action"] == "AssumeRole"
     assert (request["RoleArn"], request["ExternalId"], request["RoleSessionName"]) == (ROLE, "ours", "nightly")
-    assert "Credential=AKIAFAKEKMSFAKEKMS00/" in sts.signers[0]
+    assert "Credential=testing/" in sts.signers[0]
 
 
 def test_a_profile_assumes_the_role(sts, tmp_path, monkeypatch):
