@@ -38,7 +38,8 @@ engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-
 
 # One process: each engine is started once, and has both cores of a small machine to itself.
 # Behind the tests of the engines come those that `make test` skips where Beam's extras are not installed.
-ENGINE_TESTS = tests/engines tests/io/test_options.py tests/transforms/test_fields_schemas.py
+ENGINE_TESTS = tests/engines tests/io/test_options.py tests/pipelines/test_dataflow_graph.py \
+	tests/transforms/test_fields_schemas.py
 test-engines: engines .venv/.stamp-engines ## run our transforms and programs on every engine; some minutes
 	$(BIN)/python -m pytest $(ENGINE_TESTS) --timeout 600 $(PYTEST_ARGS)
 

@@ -20,6 +20,7 @@ from apache_beam.portability.api import beam_runner_api_pb2
 
 import pipelines
 from beam_envelope import DecryptRecords, EncryptColumns, EncryptFields, EncryptRecords
+from beam_envelope.testing import FakeKms
 from pipelines.dataflow.launch import launch
 
 pytest.importorskip("google.cloud.dataflow_v1beta3")
@@ -35,8 +36,23 @@ SECRETS = {
 IMAGE = "us-docker.pkg.dev/test-project/images/beam-envelope:1"
 GROUP_BY_KEY = "beam:transform:group_by_key:v1"
 STEPS = {
-    "encrypt": ["Files", "EncryptFiles", "EncryptFiles/Plan", "EncryptFiles/Group", "EncryptFiles/Encrypt"],
-    "decrypt": ["Files", "DecryptFiles", "DecryptFiles/Plan", "DecryptFiles/Group", "DecryptFiles/Decrypt"],
+    "encrypt": [
+        "Files",
+        "EncryptFiles",
+        "EncryptFiles/Plan",
+        "EncryptFiles/Group",
+        "EncryptFiles/Spread",
+        "EncryptFiles/Encrypt",
+        "EncryptFiles/Manifest",
+    ],
+    "decrypt": [
+        "Files",
+        "DecryptFiles",
+        "DecryptFiles/Plan",
+        "DecryptFiles/Group",
+        "DecryptFiles/Spread",
+        "DecryptFiles/Decrypt",
+    ],
     "rotate": [
         "KeyFiles",
         "RotateKeys",
@@ -131,11 +147,20 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(cloud, data):
+def environment():
+    """The launcher's variables: secrets, and a KMS with the jobs' keys, which are checked before the job."""
+    with FakeKms() as kms:
+        for alias in ("etl", "new"):
+            kms.create_key(alias)
+        yield kms.environment() | SECRETS
+
+
+@pytest.fixture(scope="module")
+def jobs(cloud, data, environment):
     """The job of each template."""
     staged = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SECRETS.items():
+        for name, value in environment.items():
             patch.setenv(name, value)
         for template in STEPS:
             patch.setenv("BEAM_ENVELOPE_PIPELINE", template)
@@ -294,13 +319,12 @@ def test_the_walk_finds_what_is_grouped():
 # ------------------------------------------------------------------------------------------- as a program
 
 
-def test_the_program_of_the_image_stages_its_job_and_ends(cloud, data):
+def test_the_program_of_the_image_stages_its_job_and_ends(cloud, data, environment):
     """As the launcher starts it: in a process of its own, whose main session is staged for the workers, too."""
-    environment = {**os.environ, **SECRETS, "BEAM_ENVELOPE_PIPELINE": "decrypt"}
     root = Path(pipelines.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, str(root / "pipelines" / "dataflow" / "launch.py"), *words("decrypt", data)],
-        env={**environment, "PYTHONPATH": str(root)},
+        env={**os.environ, **environment, "BEAM_ENVELOPE_PIPELINE": "decrypt", "PYTHONPATH": str(root)},
         cwd="/",
         capture_output=True,
         text=True,
