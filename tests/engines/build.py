@@ -20,7 +20,7 @@ GO_PROGRAMS = {
     "container": "github.com/apache/beam/sdks/v2/python/container@v2.77.0",  # what starts a worker in Beam's images
     "versitygw": "github.com/versity/versitygw/cmd/versitygw@v1.8.0",  # S3 over a folder; it checks signatures
 }
-JOB_SERVERS = {"flink": HERE / "flink-pom.xml", "spark": HERE / "spark-pom.xml"}
+JOB_SERVERS = {"flink": [HERE / "flink-pom.xml", HERE / "FlinkJobServer.java"], "spark": [HERE / "spark-pom.xml"]}
 PARTS = (*GO_PROGRAMS, *JOB_SERVERS)
 
 
@@ -35,8 +35,8 @@ def folder(part):
     """Return where a part is, once it is built."""
     if part in GO_PROGRAMS:
         return cache() / f"{part}-{GO_PROGRAMS[part].partition('@')[2]}"
-    pom = JOB_SERVERS[part].read_bytes()  # the versions are in there
-    return cache() / f"{part}-{hashlib.sha256(pom).hexdigest()[:12]}"
+    sources = b"".join(path.read_bytes() for path in JOB_SERVERS[part])  # the versions are in there
+    return cache() / f"{part}-{hashlib.sha256(sources).hexdigest()[:12]}"
 
 
 def program(part):
@@ -60,7 +60,11 @@ def build(part):
             run("go", "install", GO_PROGRAMS[part], GOBIN=str(work))
         else:
             result = work / "target"
-            shutil.copy(JOB_SERVERS[part], work / "pom.xml")
+            pom, *classes = JOB_SERVERS[part]
+            shutil.copy(pom, work / "pom.xml")
+            (work / "src" / "main" / "java").mkdir(parents=True)
+            for source in classes:
+                shutil.copy(source, work / "src" / "main" / "java")
             run("mvn", "--quiet", "--batch-mode", "--file", str(work / "pom.xml"), "package")
         built = target.with_name(f"{work.name}-done")
         result.rename(built) if result != work else shutil.copytree(work, built)

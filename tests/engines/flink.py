@@ -12,6 +12,10 @@ OPENS = [
     "java.io", "java.lang", "java.lang.reflect", "java.net", "java.nio", "java.time", "java.util",
     "java.util.concurrent", "sun.nio.ch",
 ]  # fmt: skip
+JAVA = [  # with the time in logs
+    "java", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
+]  # fmt: skip
 MEMORY = {  # of a TaskManager: its start scripts would compute these
     "task.heap.size": "256m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
     "framework.off-heap.size": "128m", "network.min": "256m", "network.max": "256m", "managed.size": "64m",
@@ -78,6 +82,7 @@ class FlinkCluster:
             "state.checkpoints.dir": f"file://{self.folder}/checkpoints",  # in memory they may have 5 MiB each
             "heartbeat.interval": 2000,
             "heartbeat.timeout": 10000,
+            "cluster.registration.error-delay": 500,  # ms until a TaskManager asks again for a JobManager that starts
             **settings,
         }
         (self.folder / "conf").mkdir(parents=True)
@@ -88,7 +93,7 @@ class FlinkCluster:
     def _jvm(self, name, main, heap, *arguments):
         opens = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENS]
         jars = f"{build.folder('flink')}/lib/*"
-        command = ["java", *opens, f"-Xmx{heap}", "-XX:TieredStopAtLevel=1", "-cp", jars, f"org.apache.flink.{main}"]
+        command = [*JAVA, *opens, f"-Xmx{heap}", "-cp", jars, f"org.apache.flink.{main}"]
         command += ["--configDir", self.folder / "conf", *arguments]
         return Server(name, command, self.folder / name, self._environment)
 
@@ -122,7 +127,7 @@ class FlinkCluster:
     def start_job_server(self):
         """Start Beam's job server, to which jobs are submitted."""
         ports = ["--job-host", "localhost", "--job-port", self.job_server_port, "--artifact-port", 0]
-        command = ["java", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-jar", job_server_jar(), *ports]
+        command = [*JAVA, "-Xmx768m", "-jar", job_server_jar(), *ports]
         command += ["--expansion-port", 0, "--flink-master", f"localhost:{self.rest_port}"]
         self.job_server = Server("job-server", command, self.folder / "job-server")
         self.job_server.wait_for_port(self.job_server_port)
