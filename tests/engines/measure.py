@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,16 +23,14 @@ import tempfile
 import threading
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from beam_envelope.testing import FakeKms
+from tests.engines import measure_jobs
 from tests.engines.flink import FlinkCluster
 from tests.engines.server import clean_environment, descendants, kill_session, tail
 
 MIB = 1 << 20
-PAIRS = {
-    "EncryptFiles": ("copy_files", "encrypt_files"),
-    "WriteEncryptedText": ("plain_text", "encrypted_text"),
-    "EncryptRecords": ("plain_records", "encrypted_records"),
-}
 TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
@@ -158,24 +157,35 @@ def scale(place, environment, sizes):
 
 def cost(place, environment, sizes):
     """Time each transform and its like without encryption."""
-    files = _files(place / "files", sizes.files, sizes.file_mib * MIB)
-    lines, small = place / "lines", place / "small"
-    lines.mkdir(exist_ok=True)
-    small.mkdir(exist_ok=True)
-    per_file = sizes.lines_mib * MIB // 8 // 100
-    for number in range(8):
-        line = f"{number:09} " + "x" * 89 + "\n"
-        (lines / f"{number}.txt").write_text(line * per_file)
-        (small / f"{number}.txt").write_text(line)
+    data, small = _inputs(place / "data", sizes), _inputs(place / "small", sizes, small=True)
     found = {"files": sizes.files, "file_mib": sizes.file_mib, "lines_mib": sizes.lines_mib}
     with Bench(place, environment, 2) as bench:
-        for name, pair in PAIRS.items():
-            data = files if name == "EncryptFiles" else lines
-            plain, sealed = (bench.net(job, data, small, sizes.repeat) for job in pair)
+        for name, pair in measure_jobs.PAIRS.items():
+            if sizes.pair and name not in sizes.pair:
+                continue
+            kind = {"EncryptFiles": "files", "EncryptTables": "tables"}.get(name, "lines")
+            plain, sealed = (bench.net(job.__name__, data[kind], small[kind], sizes.repeat) for job in pair)
             found[name] = {"plain": plain, "encrypted": sealed, "ratio": _ratio(sealed["net_s"], plain["net_s"])}
             sys.stderr.write(f"{name}: {json.dumps(found[name])}\n")
-    shutil.rmtree(files)
     return found
+
+
+def _inputs(place, sizes, *, small=False):
+    """Write files of random bytes, files of lines, and these as tables; return their folders."""
+    folders = {name: place / name for name in ("files", "lines", "tables")}
+    place.mkdir()
+    _files(folders["files"], sizes.files, 1 if small else sizes.file_mib * MIB)
+    folders["lines"].mkdir()
+    folders["tables"].mkdir()
+    for number in range(8):
+        path = folders["lines"] / f"{number}.txt"
+        count = 1 if small else sizes.lines_mib * MIB // 8 // 100
+        path.write_text("".join(f"{line:09} {secrets.token_hex(44)}a\n" for line in range(count)))  # 100 bytes each
+        table = measure_jobs.table_of(path)
+        with pq.ParquetWriter(folders["tables"] / f"{number}.parquet", table.schema) as writer:
+            for _ in range(1 if small else 8):
+                writer.write_table(table)
+    return folders
 
 
 def memory(place, environment, sizes):
@@ -214,6 +224,7 @@ def main():
     """Measure; print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("scale", "cost", "memory"))
+    parser.add_argument("--pair", action="append", choices=measure_jobs.PAIRS, help="of `cost`: this transform only")
     parser.add_argument("--quick", action="store_true", help="very small sizes, once: to see that it runs")
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--file-mib", type=int, default=512)

@@ -2,27 +2,66 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
 from apache_beam.io import fileio
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from beam_envelope import EncryptFiles, EncryptRecords, WriteEncryptedText, jobs
-from tests.engines.branches import to_base64, utf8
+from beam_envelope import (
+    EncryptColumns,
+    EncryptFields,
+    EncryptFiles,
+    EncryptRecords,
+    EncryptTables,
+    WriteEncryptedParquet,
+    WriteEncryptedText,
+    jobs,
+)
+from tests.engines.branches import as_text, table_to_base64, to_base64, utf8
 
 KEY = "aws-kms://alias/etl"
+SCHEMA = pa.schema([("id", pa.int64()), ("text", pa.string())])
+
+
+def _target(file, output):
+    target = Path(output, Path(file.path).name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _copy(file, output):
-    target = Path(output, Path(file.path).name)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Copy a file, and be sure that it is on the disk, as our writers are."""
+    target = _target(file, output)
     shutil.copyfile(file.path, target)
+    with target.open("rb+") as stream:
+        os.fsync(stream.fileno())
     return str(target)
+
+
+def _copy_table(file, output):
+    """Copy a Parquet file through Arrow, by row groups."""
+    with pq.ParquetFile(file.path) as table, pq.ParquetWriter(_target(file, output), table.schema_arrow) as writer:
+        for number in range(table.num_row_groups):
+            writer.write_table(table.read_row_group(number))
+    return file.path
+
+
+def row_of(line):
+    """Return a line as a row of `SCHEMA`."""
+    return {"id": int(line[:9]), "text": line[10:]}
+
+
+def table_of(path):
+    """Return the lines of a file as a table."""
+    return pa.Table.from_pylist([row_of(line) for line in Path(path).read_text().splitlines()], SCHEMA)
 
 
 def _lines(begin, data):
@@ -62,10 +101,87 @@ def encrypted_records(begin, data, output, shards):
     return sealed | "Base64" >> beam.Map(to_base64) | beam.io.WriteToText(f"{output}/part", num_shards=shards)
 
 
-JOBS = {
-    job.__name__: job
-    for job in (copy_files, encrypt_files, plain_text, encrypted_text, plain_records, encrypted_records)
+def plain_messages(begin, data, output, shards):
+    """Records in base64, as for EncryptRecords."""
+    return plain_records(begin, data, output, shards)
+
+
+def encrypted_messages(begin, data, output, shards):
+    """EncryptRecords, self-contained, in base64."""
+    sealed = _lines(begin, data) | EncryptRecords(key=KEY, format="aws-encryption-sdk")
+    return sealed | "Base64" >> beam.Map(to_base64) | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def plain_fields(begin, data, output, shards):
+    """Rows as JSON."""
+    texts = _lines(begin, data) | beam.Map(row_of) | "JSON" >> beam.Map(as_text)
+    return texts | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def encrypted_fields(begin, data, output, shards):
+    """EncryptFields of one of two fields, as JSON."""
+    rows = _lines(begin, data) | beam.Map(row_of)
+    sealed = rows | EncryptFields(["text"], key=KEY, keys=f"{output}/keys", encoding="base64")
+    return sealed | "JSON" >> beam.Map(as_text) | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def _tables(begin, data):
+    return (
+        begin
+        | fileio.MatchFiles(f"{data}/*")
+        | beam.Reshuffle()
+        | "Tables" >> beam.Map(lambda file: table_of(file.path))
+    )
+
+
+def plain_columns(begin, data, output, shards):
+    """Tables in Arrow's format, in base64."""
+    texts = _tables(begin, data) | "Base64" >> beam.Map(table_to_base64)
+    return texts | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def encrypted_columns(begin, data, output, shards):
+    """EncryptColumns of one of two columns."""
+    sealed = _tables(begin, data) | EncryptColumns(["text"], key=KEY, keys=f"{output}/keys")
+    texts = sealed | "Base64" >> beam.Map(table_to_base64)
+    return texts | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def plain_parquet(begin, data, output, shards):
+    """Beam's WriteToParquet."""
+    rows = _lines(begin, data) | beam.Map(row_of)
+    return rows | beam.io.WriteToParquet(f"{output}/part", SCHEMA, num_shards=shards)
+
+
+def encrypted_parquet(begin, data, output, shards):
+    """WriteEncryptedParquet."""
+    rows = _lines(begin, data) | beam.Map(row_of)
+    return rows | WriteEncryptedParquet(f"{output}/part", SCHEMA, key=KEY, num_shards=shards)
+
+
+def copy_tables(begin, data, output, shards):
+    """Parquet files, copied through Arrow."""
+    files = begin | fileio.MatchFiles(f"{data}/*") | beam.Reshuffle()
+    return files | "Copy" >> beam.Map(_copy_table, output)
+
+
+def encrypt_tables(begin, data, output, shards):
+    """EncryptTables."""
+    return begin | beam.Create([f"{data}/*"]) | EncryptTables(output, key=KEY, if_exists="overwrite")
+
+
+PAIRS = {
+    "EncryptFiles": (copy_files, encrypt_files),
+    "EncryptTables": (copy_tables, encrypt_tables),
+    "WriteEncryptedText": (plain_text, encrypted_text),
+    "WriteEncryptedParquet": (plain_parquet, encrypted_parquet),
+    "EncryptRecords": (plain_records, encrypted_records),
+    "EncryptRecords, messages": (plain_messages, encrypted_messages),
+    "EncryptFields": (plain_fields, encrypted_fields),
+    "EncryptColumns": (plain_columns, encrypted_columns),
 }
+"""Each transform of ours and its like without encryption."""
+JOBS = {job.__name__: job for pair in PAIRS.values() for job in pair}
 
 
 def main():
