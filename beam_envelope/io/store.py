@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,13 +83,8 @@ def key_file_path(path: str) -> str:
     return folder + key_file_name(name)
 
 
-def finds(pattern: str, path: str) -> bool:
-    """Whether a glob would find a path, also one that names the same place otherwise (`./a`, `/here/a`, by a link)."""
-    return glob_matcher(pattern)(same_place(path))
-
-
 def glob_matcher(pattern: str) -> Callable[[str], bool]:
-    """Return what tells whether a glob finds a place, as `same_place` names it."""
+    """Return what tells whether a glob finds a place, as `same_place` names it, whatever the glob calls its folder."""
     folder, rest = split_glob(pattern)
     below, compiled = same_place(folder), _compiled(rest)
     return lambda place: place.startswith(below) and compiled.match(place[len(below) :]) is not None
@@ -210,7 +206,7 @@ class LocalStore:
             if Path(path).is_symlink():
                 raise OSError(errno.ENOLINK, "the link points to nothing; mend it or leave it out", path) from None
             raise
-        if not Path(path).is_file():
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file (a pipe, socket or device); leave it out", path)
         return FileMetadata(path, status.st_size, status.st_mtime)
 

@@ -17,7 +17,7 @@ from beam_envelope.io.manifest_reader import ManifestReader, may_be_listed
 from beam_envelope.io.store import (
     existing,
     expand,
-    finds,
+    glob_matcher,
     key_file_path,
     quote_glob,
     same_place,
@@ -104,6 +104,7 @@ class EncryptPlan:
         pattern, found = _found(source)
         base = self.relative_to or split_glob(pattern)[0]
         key_files = existing([key_file_path(metadata.path) for metadata in found], split_glob(pattern)[0])
+        is_input = glob_matcher(pattern)
         tasks: list[Task] = []
         for metadata in found:
             path = metadata.path
@@ -112,7 +113,7 @@ class EncryptPlan:
             if named is None:
                 continue
             target = _below(self.output, base, named)
-            if finds(pattern, target):
+            if is_input(same_place(target)):
                 msg = (
                     f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run "
                     "would encrypt shards. Choose an output folder outside the pattern"

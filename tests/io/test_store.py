@@ -18,7 +18,16 @@ from beam_envelope import EnvelopeError, TamperedError, open_shard
 from beam_envelope.formats.keyfile import key_file_name
 from beam_envelope.io import store
 from beam_envelope.io.s3 import S3Store
-from beam_envelope.io.store import BeamStore, LocalStore, expand, finds, quote_glob, same_place, split_glob, store_of
+from beam_envelope.io.store import (
+    BeamStore,
+    LocalStore,
+    expand,
+    glob_matcher,
+    quote_glob,
+    same_place,
+    split_glob,
+    store_of,
+)
 from tests.running import decrypt, encrypt, fails, listing, read_files, with_manifest, write_files
 from tests.running import run as run_transform
 
@@ -145,6 +154,11 @@ def test_a_pipe_is_an_error_that_names_it(tree):
 
 
 # -------------------------------------------------------------------------------------------- same places
+
+
+def finds(pattern, path):
+    """Whether a pattern finds a path, as plans ask."""
+    return glob_matcher(pattern)(same_place(path))
 
 
 def test_a_glob_finds_a_path_however_its_folder_is_written(tree, monkeypatch):
