@@ -228,7 +228,7 @@ def flink(kms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flink")
     # Of a TaskManager that is lost, each task that notices counts as an attempt.
     attempts = {"restart-strategy.fixed-delay.attempts": 100}
-    cluster = FlinkCluster(folder / "cluster", settings=attempts, environment=kms.environment())
+    cluster = FlinkCluster(folder / "cluster", settings=attempts, environment=kms.environment(), sends_jars=True)
     yield Flink(cluster)
     cluster.stop()
 
