@@ -101,11 +101,6 @@ def encrypted_records(begin, data, output, shards):
     return sealed | "Base64" >> beam.Map(to_base64) | beam.io.WriteToText(f"{output}/part", num_shards=shards)
 
 
-def plain_messages(begin, data, output, shards):
-    """Records in base64, as for EncryptRecords."""
-    return plain_records(begin, data, output, shards)
-
-
 def encrypted_messages(begin, data, output, shards):
     """EncryptRecords, self-contained, in base64."""
     sealed = _lines(begin, data) | EncryptRecords(key=KEY, format="aws-encryption-sdk")
@@ -176,7 +171,7 @@ PAIRS = {
     "WriteEncryptedText": (plain_text, encrypted_text),
     "WriteEncryptedParquet": (plain_parquet, encrypted_parquet),
     "EncryptRecords": (plain_records, encrypted_records),
-    "EncryptRecords, messages": (plain_messages, encrypted_messages),
+    "EncryptRecords, messages": (plain_records, encrypted_messages),
     "EncryptFields": (plain_fields, encrypted_fields),
     "EncryptColumns": (plain_columns, encrypted_columns),
 }
