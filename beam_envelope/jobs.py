@@ -43,6 +43,7 @@ from beam_envelope.transforms.verify import VerifyShards, WriteVerificationLog
 from beam_envelope.transforms.verify_plan import VerifiedFile
 
 _WAKE_UP: Final = signal.SIGUSR1
+_LATE_WORKERS_S: Final = 0.5
 
 DASK_RUNNER: Final = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
@@ -269,11 +270,13 @@ def fail_when_a_worker_dies(again: str = "with --if-exists=skip") -> Iterator[No
         return
     hook_before = threading.excepthook
     died: list[str] = []
+    over = threading.Event()
 
     def look(thread: threading.ExceptHookArgs) -> None:
         if "Worker subprocess exited" in str(thread.exc_value):
             died.append(str(thread.exc_value))
             _end_workers()  # the runner waits for each of them, also for one that has yet to start
+            threading.Thread(target=_end_late_workers, args=(over,), daemon=True).start()
             os.kill(os.getpid(), _WAKE_UP)  # a flag would not end the main thread's wait
         else:
             hook_before(thread)
@@ -298,8 +301,15 @@ def fail_when_a_worker_dies(again: str = "with --if-exists=skip") -> Iterator[No
             raise
         raise what_happened() from error  # the runner may notice too, and swallow what woke it up while it ends workers
     finally:
+        over.set()
         threading.excepthook = hook_before
         signal.signal(_WAKE_UP, handler_before)
+
+
+def _end_late_workers(over: threading.Event) -> None:
+    """End workers again and again, until the job is over."""
+    while not over.wait(_LATE_WORKERS_S):
+        _end_workers()
 
 
 def _end_workers() -> None:

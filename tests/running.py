@@ -73,7 +73,8 @@ def read_files(folder):
 
 def listing(folder):
     """Return the relative paths of all files below a folder, or nothing where there is no folder."""
-    return list(read_files(folder)) if Path(folder).exists() else []
+    folder = Path(folder)  # they are not read: a job that runs may take one away
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def with_key_files(*names):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -253,6 +254,21 @@ def test_a_dead_worker_is_told_of_also_where_the_runner_swallows_the_first_word_
         raise RuntimeError("Channel closed prematurely.")
     with pytest.raises(RuntimeError, match="Channel closed"), jobs.fail_when_a_worker_dies():
         raise RuntimeError("Channel closed prematurely.")
+
+
+def test_a_worker_that_starts_after_another_died_is_ended_too():
+    """Beam waits for all of its workers after an error, also for one that was started meanwhile."""
+    with (  # noqa: PT012  # what a runner does
+        pytest.raises(EnvelopeError, match="of this machine died"),
+        jobs.fail_when_a_worker_dies(),
+    ):
+        threading.Thread(target=a_worker_that_died).start()
+        try:
+            time.sleep(30)
+        finally:
+            late = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "sdk_worker_main"])
+            status = late.wait(20)
+    assert status == -signal.SIGKILL
 
 
 WORKER_KILLED = """
