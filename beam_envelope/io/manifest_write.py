@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -17,6 +19,10 @@ Sections = Callable[[Any], "tuple[WrittenShard, Settings]"]
 """What tells of a result which shard it is of, and under which keys and context the shard's section goes."""
 
 _ONE: Final = 0
+_BLOCK: Final = 500
+
+Listed = tuple[Any, WrittenShard, Settings]
+"""A result, its shard, and under which keys and context the shard's section goes."""
 
 
 class WithManifest(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[Any]"]):
@@ -42,7 +48,7 @@ class WithManifest(beam.PTransform["beam.PCollection[Any]", "beam.PCollection[An
             results
             | "List" >> beam.ParDo(_ListDoFn(self._section_of))
             | "Rewindow" >> beam.WindowInto(window.GlobalWindows())
-            | "Gather" >> beam.GroupByKey()
+            | "Gather" >> beam.CombinePerKey(_GatherFn())
         )
         kind = results.element_type
         passed: beam.PCollection[Any] = listed | "Write" >> beam.ParDo(_WriteDoFn(self._folder)).with_output_types(kind)
@@ -54,16 +60,69 @@ class _ListDoFn(beam.DoFn):
     def __init__(self, section_of: Sections) -> None:
         self._section_of = section_of
 
-    def process(self, result: Any) -> Iterator[tuple[int, Any]]:
+    def process(self, result: Any) -> Iterator[tuple[int, Listed]]:
         yield _ONE, (result, *self._section_of(result))
 
 
-@typehints.with_input_types(tuple[int, Iterable[Any]])
+class _Gathered:
+    """Many results in little memory, since one worker has those of a whole job: blocks of them, compressed."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._open: list[Listed] = []
+
+    def add(self, listed: Listed) -> None:
+        self._open.append(listed)
+        if len(self._open) == _BLOCK:
+            self.close()
+
+    def close(self) -> None:
+        """Compress what is left. Pickles are how Beam itself sends such values; here one has many."""
+        if self._open:
+            self._blocks.append(zlib.compress(pickle.dumps(self._open, pickle.HIGHEST_PROTOCOL)))
+            self._open = []
+
+    def extend(self, other: _Gathered) -> None:
+        self._blocks += other._blocks
+        for listed in other._open:
+            self.add(listed)
+
+    def __iter__(self) -> Iterator[Listed]:
+        for block in self._blocks:
+            yield from pickle.loads(zlib.decompress(block))  # noqa: S301  # from the job itself
+        yield from self._open
+
+
+class _GatherFn(beam.CombineFn):
+    """Compresses results where they are made, before they are sent to the one worker."""
+
+    def create_accumulator(self) -> _Gathered:
+        return _Gathered()
+
+    def add_input(self, gathered: _Gathered, listed: Listed) -> _Gathered:
+        gathered.add(listed)
+        return gathered
+
+    def merge_accumulators(self, parts: Iterable[_Gathered]) -> _Gathered:
+        whole = _Gathered()
+        for part in parts:
+            whole.extend(part)
+        return whole
+
+    def compact(self, gathered: _Gathered) -> _Gathered:
+        gathered.close()
+        return gathered
+
+    def extract_output(self, gathered: _Gathered) -> _Gathered:
+        return gathered
+
+
+@typehints.with_input_types(tuple[int, Any])
 class _WriteDoFn(beam.DoFn):
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def process(self, element: tuple[int, Iterable[Any]]) -> Iterator[Any]:
+    def process(self, element: tuple[int, Iterable[Listed]]) -> Iterator[Any]:
         sections: dict[tuple[Any, ...], tuple[Settings, list[WrittenShard]]] = {}
         for _, shard, settings in element[1]:
             of_section = (settings.keys, *sorted(settings.context.items()))
@@ -71,5 +130,6 @@ class _WriteDoFn(beam.DoFn):
         with Progress():
             for settings, shards in sections.values():
                 add_to_manifest(self._folder, shards, settings.keys, settings.context)
+        del sections
         for result, _, _ in element[1]:
             yield result
