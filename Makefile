@@ -36,12 +36,12 @@ spark: .venv/.stamp-spark ## have `make test` let Spark and Tink read what we wr
 engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-engines`; needs Go, Java 17 and Maven
 	@$(BIN)/python tests/engines/build.py
 
-# One process: each engine is started once, and has both cores of a small machine to itself.
+# Engines wait a lot, so two processes take turns; all tests of an engine are in one of them, and start it once.
 # Behind the tests of the engines come those that `make test` skips where Beam's extras are not installed.
 ENGINE_TESTS = tests/engines tests/io/test_options.py tests/pipelines/test_dataflow_graph.py \
 	tests/transforms/test_fields_schemas.py
 test-engines: engines .venv/.stamp-engines ## run our transforms and programs on every engine; some minutes
-	$(BIN)/python -m pytest $(ENGINE_TESTS) --timeout 600 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ENGINE_TESTS) --numprocesses 2 --dist loadgroup --timeout 600 $(PYTEST_ARGS)
 
 # A column of the table alone: make engines-matrix PYTEST_ARGS="-k Spark"
 engines-matrix: export BEAM_ENVELOPE_MATRIX = build/engines-matrix.json

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,14 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     """Leave no process behind, whatever happened."""
     stop_all()
+
+
+def pytest_collection_modifyitems(items):
+    """Keep together, in one of several processes, what shares an engine or else a module and its fixtures."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            engine = getattr(item, "callspec", None) and item.callspec.params.get("engine")
+            item.add_marker(pytest.mark.xdist_group(engine or item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)

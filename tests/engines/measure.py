@@ -6,8 +6,9 @@ Three questions, of which `--only` takes one:
 - `cost`: how much longer each transform takes than the same pipeline without encryption;
 - `memory`: the peak memory of launcher and workers with very many files and shards, on Flink and without it.
 
-Flink's own durations of jobs are taken, without submission. A run of the same job on next to nothing is the start-up,
-which is taken off. Each is run `--repeat` times, and the least counts. It prints JSON, also into `--json FILE`.
+Flink's own durations of jobs are taken, without submission, and the processor time of the workers and TaskManagers. A run
+of the same job on next to nothing is the start-up, which is taken off both. Each is run `--repeat` times, and the least
+counts. It prints JSON, also into `--json FILE`.
 """
 
 import argparse
@@ -34,17 +35,18 @@ MIB = 1 << 20
 TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
-class Peaks:
-    """Within a `with` block, watches the peak memory of a process and of the workers below some processes.
+class Usage:
+    """Within a `with` block, watches a launcher, and some processes with the workers below them.
 
     Attributes:
-        launcher: the peak of the process, in bytes.
-        worker: the peak of the largest worker.
+        launcher: the peak memory of the launcher, in bytes.
+        worker: the peak memory of the largest worker.
     """
 
     def __init__(self, launcher, above_workers):
         self.launcher = self.worker = 0
         self._pid, self._above = launcher, above_workers
+        self._before, self._now = self._processor_times(), {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -62,6 +64,22 @@ class Peaks:
             for pid in self._above:
                 workers = [child for child, words in descendants(pid).items() if "sdk_worker_main" in words]
                 self.worker = max([self.worker, *map(_peak, workers)])
+            self._now |= self._processor_times()
+
+    def _processor_times(self):
+        return {pid: _processor_time(pid) for above in self._above for pid in (above, *descendants(above))}
+
+    def processor_s(self):
+        """Return the processor time that all but the launcher took, in seconds."""
+        return round(sum(now - self._before.get(pid, 0.0) for pid, now in self._now.items()), 3)
+
+
+def _processor_time(pid):
+    """Return the processor time of a process up to now, in seconds."""
+    with contextlib.suppress(OSError):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _peak(pid):
@@ -101,7 +119,12 @@ class Bench:
         self._stack.close()
 
     def run(self, job, data, shards=0):
-        """Run a job once; return its seconds, and the peak memory of the launcher and of the largest worker in MiB."""
+        """Run a job once.
+
+        Returns:
+            Its seconds, the processor time of workers and TaskManagers in seconds, and the peak memory of the launcher
+            and of the largest worker in MiB.
+        """
         output = self.place / "output"
         shutil.rmtree(output, ignore_errors=True)
         environment = clean_environment(self.place, self.environment)
@@ -116,7 +139,7 @@ class Bench:
         managers = self.cluster.task_managers.values() if self.cluster else []
         above = [process.pid, *(manager.pid for manager in managers)]
         try:
-            with Peaks(process.pid, above) as peaks:
+            with Usage(process.pid, above) as usage:
                 said, _ = process.communicate()
         finally:
             kill_session(process.pid)
@@ -129,13 +152,21 @@ class Bench:
             if restarts := self.cluster.restarts(newest["jid"]):
                 sys.stderr.write(f"{job}: Flink started it again {restarts} times, and its time counts; see {log}\n")
         shutil.rmtree(output, ignore_errors=True)
-        return {"seconds": seconds, "launcher_mib": peaks.launcher // MIB, "worker_mib": peaks.worker // MIB}
+        return {
+            "seconds": seconds,
+            "processor_s": usage.processor_s(),
+            "launcher_mib": usage.launcher // MIB,
+            "worker_mib": usage.worker // MIB,
+        }
 
     def net(self, job, data, small, repeat):
-        """Return the seconds of a job, and those of the same job on next to nothing."""
-        start_up = min(self.run(job, small)["seconds"] for _ in range(repeat))
-        whole = min(self.run(job, data)["seconds"] for _ in range(repeat))
-        return {"start_up_s": start_up, "whole_s": whole, "net_s": round(whole - start_up, 3)}
+        """Return the seconds of a job, those of the same job on next to nothing, and the processor time less that's."""
+        small_runs = [self.run(job, small) for _ in range(repeat)]
+        runs = [self.run(job, data) for _ in range(repeat)]
+        start_up, whole = (min(run["seconds"] for run in each) for each in (small_runs, runs))
+        processor = [min(run["processor_s"] for run in each) for each in (small_runs, runs)]
+        net = {"net_s": round(whole - start_up, 3), "net_processor_s": round(processor[1] - processor[0], 3)}
+        return {"start_up_s": start_up, "whole_s": whole, **net}
 
 
 def _ratio(above, below):
@@ -164,9 +195,10 @@ def cost(place, environment, sizes):
         for name, pair in measure_jobs.PAIRS.items():
             if sizes.pair and name not in sizes.pair:
                 continue
-            kind = {"EncryptFiles": "files", "EncryptTables": "tables"}.get(name, "lines")
+            kind = {"EncryptFiles": "files", "EncryptTables": "tables"}.get(name.partition(",")[0], "lines")
             plain, sealed = (bench.net(job.__name__, data[kind], small[kind], sizes.repeat) for job in pair)
-            found[name] = {"plain": plain, "encrypted": sealed, "ratio": _ratio(sealed["net_s"], plain["net_s"])}
+            ratios = {f"ratio_{unit}": _ratio(sealed[unit], plain[unit]) for unit in ("net_s", "net_processor_s")}
+            found[name] = {"plain": plain, "encrypted": sealed, **ratios}
             sys.stderr.write(f"{name}: {json.dumps(found[name])}\n")
     return found
 

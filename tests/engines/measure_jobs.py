@@ -12,6 +12,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.io import fileio
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
@@ -37,13 +38,26 @@ def _target(file, output):
     return target
 
 
-def _copy(file, output):
-    """Copy a file, and be sure that it is on the disk, as our writers are."""
-    target = _target(file, output)
-    shutil.copyfile(file.path, target)
+def _on_disk(target):
+    """Be sure that a file is on the disk, as our writers are."""
     with target.open("rb+") as stream:
         os.fsync(stream.fileno())
     return str(target)
+
+
+def _copy_in_kernel(file, output):
+    """Copy a file as only local disks can: no byte of it comes into this process."""
+    target = _target(file, output)
+    shutil.copyfile(file.path, target)
+    return _on_disk(target)
+
+
+def _copy(file, output):
+    """Copy a file through Beam's filesystems, in blocks, as any step must that looks at the bytes."""
+    target = _target(file, output)
+    with FileSystems.open(file.path) as source, FileSystems.create(str(target)) as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
+    return _on_disk(target)
 
 
 def _copy_table(file, output):
@@ -72,6 +86,12 @@ def copy_files(begin, data, output, shards):
     """Files, copied."""
     files = begin | fileio.MatchFiles(f"{data}/*") | beam.Reshuffle()
     return files | "Copy" >> beam.Map(_copy, output)
+
+
+def copy_files_in_kernel(begin, data, output, shards):
+    """Files, copied by the kernel."""
+    files = begin | fileio.MatchFiles(f"{data}/*") | beam.Reshuffle()
+    return files | "Copy" >> beam.Map(_copy_in_kernel, output)
 
 
 def encrypt_files(begin, data, output, shards):
@@ -167,6 +187,7 @@ def encrypt_tables(begin, data, output, shards):
 
 PAIRS = {
     "EncryptFiles": (copy_files, encrypt_files),
+    "EncryptFiles, the kernel's copy": (copy_files_in_kernel, encrypt_files),
     "EncryptTables": (copy_tables, encrypt_tables),
     "WriteEncryptedText": (plain_text, encrypted_text),
     "WriteEncryptedParquet": (plain_parquet, encrypted_parquet),

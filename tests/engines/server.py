@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,10 +14,12 @@ TAIL_BYTES = 6_000
 
 
 def free_port():
-    """Return a port that nobody listens on now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Return a port that nobody listens on now, and that the system gives to no connection meanwhile."""
+    while True:
+        port = random.randrange(10_000, 32_000)  # Linux gives connections those from 32768 on
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(port):

@@ -378,7 +378,7 @@ def test_a_second_end_is_refused_before_anything_runs(pipeline, data, tmp_path):
     for name in ("A", "B"):
         _ = files | name >> EncryptFiles(str(tmp_path / name), key=keyring(tmp_path))
     message = (
-        "so these steps would not run: A/Plan, A/Group, A/Spread/AddRandomKeys and 9 more. "
+        "so these steps would not run: A/Plan, A/Group, A/Spread/AddRandomKeys and 10 more. "
         "Make a pipeline of its own of each end."
     )
     with pytest.raises(EnvelopeError, match=re.escape(message)):
