@@ -35,14 +35,13 @@ from beam_envelope.formats.record_key import (
     open_record_key,
 )
 from beam_envelope.keys import cache
-from beam_envelope.keys.cache import Allowance, DataKeyPolicy
+from beam_envelope.keys.cache import LEASED_BYTES, Allowance, DataKeyPolicy
 from beam_envelope.keys.context import AnyContext, match_context
 from beam_envelope.keys.provider import KeyProvider
 
 _SUITES: Final = frozenset(CIPHER_OF_SUITE)
 # An iterator gives each number once only where the interpreter has its global lock (PEP 703).
 _LEASED_RECORDS: Final = 256 if getattr(sys, "_is_gil_enabled", lambda: True)() else 0
-_LEASED_BYTES: Final = 1 << 16  # what a leased record counts as, and may have at most
 _MAX_OPENED: Final = 10_000
 _OPENED_TTL_S: Final = 60.0  # then the cache of data keys is asked again, which asks the KMS after its own time
 _MISSING_TTL_S: Final = 30.0
@@ -112,7 +111,7 @@ class RecordEncryptor:
             refuse_envelope(plaintext)
         lease = self._lease
         number = None
-        if len(plaintext) <= _LEASED_BYTES and time.monotonic() < lease.expires:
+        if len(plaintext) <= LEASED_BYTES and time.monotonic() < lease.expires:
             number = next(
                 lease.numbers, None
             )  # each number goes to one thread only: this is one step of the interpreter
@@ -148,7 +147,7 @@ class RecordEncryptor:
     def _take(self, n_bytes: int) -> tuple[_Lease, int]:
         """Return the number of one record, and the lease of those that follow it."""
         with self._lock:
-            if n_bytes <= _LEASED_BYTES and time.monotonic() < self._lease.expires:
+            if n_bytes <= LEASED_BYTES and time.monotonic() < self._lease.expires:
                 number = next(self._lease.numbers, None)
                 if number is not None:  # another thread was here first
                     return self._lease, number
@@ -156,13 +155,9 @@ class RecordEncryptor:
                 self._renew()
             left, first = self._left, self._next
             left.spend(1, n_bytes)
-            n_leased = 0
-            if n_bytes <= _LEASED_BYTES:
-                n_leased = max(0, min(_LEASED_RECORDS, left.records, left.bytes // _LEASED_BYTES))
-            left.spend(n_leased, n_leased * _LEASED_BYTES)
-            self._next = first + 1 + n_leased
+            self._next = first + 1 + (left.lease(_LEASED_RECORDS) if n_bytes <= LEASED_BYTES else 0)
             lease = _Lease(self._key, iter(range(first + 1, self._next)), left.expires)
-            if n_bytes <= _LEASED_BYTES:
+            if n_bytes <= LEASED_BYTES:
                 self._lease = lease
             return lease, first
 

@@ -23,6 +23,8 @@ UNWRAPPED_TTL_S: Final = 300.0
 """How long a reader goes on without asking the KMS again: the longest time until a revoked right takes effect."""
 MAX_ENTRIES: Final = 1000
 """How many data keys each of the two caches holds at most."""
+LEASED_BYTES: Final = 1 << 16
+"""What a record that is counted in advance counts as, and may have at most."""
 
 _Entry: TypeAlias = "tuple[tuple[KeyProvider, ...], tuple[tuple[str, str], ...], object]"
 
@@ -83,6 +85,12 @@ class Allowance:
         self.records -= n_records
         self.bytes -= n_bytes
 
+    def lease(self, n_records: int) -> int:
+        """Count up to so many records in advance, of `LEASED_BYTES` each, and return how many."""
+        leased = max(0, min(n_records, self.records, self.bytes // LEASED_BYTES))
+        self.spend(leased, leased * LEASED_BYTES)
+        return leased
+
 
 class DataKeySource:
     """Hands out the current data key, and replaces it when a limit of its policy is met. Safe between threads.
@@ -113,6 +121,15 @@ class DataKeySource:
                 self._left = Allowance(self._policy)
             self._left.spend(n_records, n_bytes)
             return self._current.duplicate()
+
+    def lease(self, n_records: int) -> tuple[int, float]:
+        """Count records in advance for the data key that was just taken, so that its taker need not ask for each.
+
+        Returns:
+            How many, of at most `LEASED_BYTES` each; and until when, by `time.monotonic()`.
+        """
+        with self._lock:
+            return (0 if self._current is None else self._left.lease(n_records)), self._left.expires
 
     def close(self) -> None:
         """Erase the current key."""

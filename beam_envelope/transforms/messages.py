@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import apache_beam as beam
 
 from beam_envelope.formats.esdk import CommitmentPolicy, MessageDecryptor, MessageEncryptor
 from beam_envelope.keys import cache
-from beam_envelope.keys.cache import DataKeyPolicy, DataKeySource, shared_source
+from beam_envelope.keys.cache import LEASED_BYTES, DataKeyPolicy, DataKeySource, shared_source
 from beam_envelope.keys.choice import KeyChoice, Values
 from beam_envelope.keys.context import AnyContext
 from beam_envelope.keys.provider import KeyProvider
+
+_LEASED_MESSAGES: Final = 256
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ class MessageReadKeys:
 class BundleMessages:
     """Encrypts the messages of a bundle. For one thread.
 
-    The source counts each message, but the data key is the same for many, and so is what is made of it.
+    The source counts each message, but the data key is the same for many, and so is what is made of it. Of a source
+    that no other bundle has, small messages are counted by the hundred.
     """
 
     def __init__(self, keys: MessageWriteKeys) -> None:
         """Make no call yet."""
         self._keys = keys
+        self._owns_source = keys.policy is None or keys.policy.reuse == "bundle"
         self._encryptor: MessageEncryptor | None = None
         self._wrapped_keys: object = None
         self._start()
@@ -97,25 +102,33 @@ class BundleMessages:
         """
         if self._pid != os.getpid():  # a fork left the encryptor without its key, and perhaps the source locked
             self._start()
-        with self._source.take(len(plaintext)) as data_key:
-            if self._encryptor is None or data_key.wrapped_keys is not self._wrapped_keys:
-                self._drop()
-                self._encryptor = MessageEncryptor(data_key, dict(self._keys.context))
-                self._wrapped_keys = data_key.wrapped_keys
-        return self._encryptor.encrypt(plaintext)
+        if self._leased and len(plaintext) <= LEASED_BYTES and time.monotonic() < self._expires:
+            self._leased -= 1
+        else:
+            self._take(len(plaintext))
+        return self._encryptor.encrypt(plaintext)  # type: ignore[union-attr]  # there is one after the first message
 
     def close(self) -> None:
         """Erase the keys, except the process's."""
         self._drop()
-        if self._keys.policy is None or self._keys.policy.reuse == "bundle":
+        if self._owns_source:
             self._source.close()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._source = self._keys.source()
-        self._encryptor = None
+        self._encryptor, self._leased, self._expires = None, 0, 0.0
+
+    def _take(self, n_bytes: int) -> None:
+        with self._source.take(n_bytes) as data_key:
+            if self._encryptor is None or data_key.wrapped_keys is not self._wrapped_keys:
+                self._drop()
+                self._encryptor = MessageEncryptor(data_key, dict(self._keys.context))
+                self._wrapped_keys = data_key.wrapped_keys
+        if self._owns_source and n_bytes <= LEASED_BYTES:
+            self._leased, self._expires = self._source.lease(_LEASED_MESSAGES)
 
     def _drop(self) -> None:
         if self._encryptor is not None:
             self._encryptor.close()
-        self._encryptor = None
+        self._encryptor, self._leased = None, 0

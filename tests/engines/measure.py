@@ -6,7 +6,7 @@ Three questions, of which `--only` takes one:
 - `cost`: how much longer each transform takes than the same pipeline without encryption;
 - `memory`: the peak memory of launcher and workers with very many files and shards, on Flink and without it.
 
-Flink's own durations of jobs are taken, without submission, and the processor time of the workers and TaskManagers. A run
+Flink's own durations of jobs are taken, without submission, and the processor time of workers and TaskManagers. A run
 of the same job on next to nothing is the start-up, which is taken off both. Each is run `--repeat` times, and the least
 counts. It prints JSON, also into `--json FILE`.
 """

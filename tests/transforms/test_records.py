@@ -3,9 +3,10 @@
 import logging
 import pickle
 import re
+import time
 import traceback
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import apache_beam as beam
@@ -30,6 +31,7 @@ from beam_envelope import (
     open_records,
 )
 from beam_envelope.errors import FormatError
+from beam_envelope.formats.esdk_header import WRITTEN_SUITE, read_header
 from beam_envelope.formats.keystore import LocalKeyStore
 from beam_envelope.keys import cache, provider
 from beam_envelope.keys.local import LocalKms, generate_local_key
@@ -331,6 +333,58 @@ def test_messages_have_limits_too(kms_stages, fake_kms, max_records):
     sealed = outcome([kms_stages.encrypt(policy=DataKeyPolicy(max_records=max_records), **more)], [b"a"] * 7)
     assert fake_kms.calls == {"GenerateDataKey": -(-7 // max_records)}
     assert outcome([kms_stages.decrypt(**more)], sealed) == [b"a"] * 7
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes", "times", "at_least", "at_most"),
+    [
+        ({"max_records": 256}, [1], 700, 3, 3),
+        ({"max_records": 257}, [1], 700, 3, 3),
+        ({"max_records": 300}, [1, 100_000], 350, 3, 9),
+        ({"max_bytes": 99}, [10], 27, 3, 3),
+        ({"max_bytes": 200_000}, [60_000], 9, 3, 5),
+        ({"max_bytes": 300_000}, [100_000, 50_000], 6, 3, 6),
+        ({"max_bytes": 300_000}, [10, 290_000], 4, 4, 8),
+        ({}, [1, 70_000], 600, 1, 1),
+    ],
+    ids=str,
+)
+def test_messages_that_are_counted_in_advance_keep_to_the_limits(
+    kms_stages, fake_kms, limits, sizes, times, at_least, at_most
+):
+    """Where a limit is tight, a new data key comes early, never late."""
+    policy = DataKeyPolicy(**limits)
+    dofn = encrypting_dofn(kms_stages.encrypt(policy=policy, format=MESSAGES, keys=None))
+    dofn.start_bundle()
+    under_each_key = defaultdict(list)
+    for size in sizes * times:
+        message = dofn.process(bytes(size))[0]
+        under_each_key[message[read_header(message, WRITTEN_SUITE, "it").section]].append(size)
+    dofn.finish_bundle()
+    assert at_least <= fake_kms.calls["GenerateDataKey"] == len(under_each_key) <= at_most
+    for sizes_of_key in under_each_key.values():
+        assert len(sizes_of_key) <= policy.max_records
+        assert sum(sizes_of_key) <= policy.max_bytes
+
+
+def test_messages_that_are_counted_in_advance_keep_to_the_age(kms_stages, fake_kms):
+    dofn = encrypting_dofn(kms_stages.encrypt(policy=DataKeyPolicy(max_age_s=0.2), format=MESSAGES, keys=None))
+    dofn.start_bundle()
+    for wanted in (1, 2):
+        dofn.process(b"one")
+        dofn.process(b"more")
+        assert fake_kms.calls == {"GenerateDataKey": wanted}
+        time.sleep(0.25)
+
+
+def test_bundles_that_share_a_data_key_count_their_own_messages_only(kms_stages, fake_kms):
+    policy = DataKeyPolicy("worker", max_records=20)
+    dofn = encrypting_dofn(kms_stages.encrypt(policy=policy, format=MESSAGES, keys=None))
+    for _ in range(20):
+        dofn.start_bundle()
+        dofn.process(b"one")
+        dofn.finish_bundle()
+    assert fake_kms.calls == {"GenerateDataKey": 1}
 
 
 def test_metrics_tell_what_was_done(stages):
