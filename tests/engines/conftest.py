@@ -27,7 +27,12 @@ _matrix = Matrix()
 def pytest_configure(config):
     """Let a polite end of the tests end the engines too."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)  # shells start what runs in the background with it ignored
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def pytest_unconfigure(config):

@@ -1,6 +1,7 @@
 """The fixtures themselves: engines that do not start are told of, and nothing outlives the tests."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,37 @@ def test_its_temporary_files_are_below_its_folder_and_no_settings_of_the_user_re
     wait_for(lambda: not server.is_alive(), "teller")
     assert server.log.read_text() == f"{tmp_path}/tmp None me\n"
     server.stop()
+
+
+WITH_SERVER = """
+import sys, time
+from pathlib import Path
+from tests.engines.server import Server
+
+def test_it(tmp_path):
+    server = Server("sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    Path("pid").write_text(str(server.pid))
+    Path("pid").rename("started")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_polite_end_of_the_tests_ends_the_servers(tmp_path, processes):
+    """Also in the background, where shells have SIGINT ignored."""
+    (tmp_path / "test_it.py").write_text(WITH_SERVER)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.engines.conftest", "-p", "no:cacheprovider"]
+    command += ["--numprocesses", str(processes), "test_it.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    tests = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    started = tmp_path / "started"
+    wait_for(started.exists, "the server", alive=lambda: tests.poll() is None)
+    tests.terminate()
+    assert tests.wait(30) == pytest.ExitCode.INTERRUPTED
+    wait_for(lambda: members(int(started.read_text())) == [], "the end of the server", seconds=5)
 
 
 def test_a_worker_pool_listens_and_goes(worker_pool):
