@@ -1,7 +1,6 @@
 """The fixtures themselves: engines that do not start are told of, and nothing outlives the tests."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -87,13 +86,12 @@ def test_it(tmp_path):
 def test_a_polite_end_of_the_tests_ends_the_servers(tmp_path, processes):
     """Also in the background, where shells have SIGINT ignored."""
     (tmp_path / "test_it.py").write_text(WITH_SERVER)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.engines.conftest", "-p", "no:cacheprovider"]
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest"]
+    command += ["-p", "tests.engines.conftest", "-p", "no:cacheprovider"]
     command += ["--numprocesses", str(processes), "test_it.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    tests = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    tests = subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet)
     started = tmp_path / "started"
     wait_for(started.exists, "the server", alive=lambda: tests.poll() is None)
     tests.terminate()
