@@ -1,5 +1,6 @@
 """Fixtures of the engines. `make engines` builds them, `make test-engines` runs these tests, `make test` neither."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from tests.engines import build
 from tests.engines.engine import ENGINES, start_engine
 from tests.engines.flink import FlinkCluster
 from tests.engines.matrix import Matrix
-from tests.engines.server import stop_all, tail
+from tests.engines.server import children, stop_all, tail
 from tests.engines.worker_pool import WorkerPool
 
 NEEDS = {
@@ -27,11 +28,14 @@ _matrix = Matrix()
 def pytest_configure(config):
     """Let a polite end of the tests end the engines too."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-        signal.signal(signal.SIGINT, _interrupt)  # shells start what runs in the background with it ignored
+        signal.signal(signal.SIGTERM, _end)
 
 
-def _interrupt(*_):
+def _end(*_):
+    """End the other processes of the tests, or the servers, as well; SIGINT may be ignored, as in the background."""
+    for child in children(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
     raise KeyboardInterrupt
 
 

@@ -155,6 +155,11 @@ def kill_session(session):
             os.kill(pid, signal.SIGKILL)
 
 
+def children(pid):
+    """Return the living children of a process."""
+    return [child for child, _, parent in _processes() if parent == pid]
+
+
 def descendants(pid):
     """Return the living descendants of a process with their command lines, by process id."""
     parents = {child: parent for child, _, parent in _processes()}

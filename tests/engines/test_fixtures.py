@@ -95,7 +95,7 @@ def test_a_polite_end_of_the_tests_ends_the_servers(tmp_path, processes):
     started = tmp_path / "started"
     wait_for(started.exists, "the server", alive=lambda: tests.poll() is None)
     tests.terminate()
-    assert tests.wait(30) == pytest.ExitCode.INTERRUPTED
+    assert tests.wait(60) == pytest.ExitCode.INTERRUPTED
     wait_for(lambda: members(int(started.read_text())) == [], "the end of the server", seconds=5)
 
 
