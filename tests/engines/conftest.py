@@ -44,6 +44,7 @@ def pytest_unconfigure(config):
     stop_all()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Keep together, in one of several processes, what shares an engine or else a module and its fixtures."""
     for item in items:
