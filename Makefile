@@ -41,7 +41,7 @@ engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-
 ENGINE_TESTS = tests/engines tests/io/test_options.py tests/pipelines/test_dataflow_graph.py \
 	tests/transforms/test_fields_schemas.py
 test-engines: engines .venv/.stamp-engines ## run our transforms and programs on every engine; some minutes
-	$(BIN)/python -m pytest $(ENGINE_TESTS) --numprocesses 2 --dist loadgroup --timeout 600 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ENGINE_TESTS) --numprocesses 2 --dist loadscope --timeout 600 $(PYTEST_ARGS)
 
 # A column of the table alone: make engines-matrix PYTEST_ARGS="-k Spark"
 engines-matrix: export BEAM_ENVELOPE_MATRIX = build/engines-matrix.json

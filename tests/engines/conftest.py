@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -44,13 +43,18 @@ def pytest_unconfigure(config):
     stop_all()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """Keep together, in one of several processes, what shares an engine or else a module and its fixtures."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            engine = getattr(item, "callspec", None) and item.callspec.params.get("engine")
-            item.add_marker(pytest.mark.xdist_group(engine or item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes, let one have all tests of an engine."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            function, _, parameters = nodeid.partition("[")
+            named = [name for name in ENGINES if name in parameters]
+            return max(named, key=len, default=function)  # the name of one is the beginning of another's
+
+    return ByEngine(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -153,7 +153,6 @@ def the_whole_job(launcher):
     launcher.kill_all()
 
 
-@pytest.mark.xdist_group("worker processes")
 @pytest.mark.parametrize("kill", [a_worker, the_launcher, the_whole_job])
 @pytest.mark.parametrize("name", JOBS)
 def test_worker_processes(launchers, prepared, tmp_path, name, kill):
