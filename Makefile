@@ -40,8 +40,9 @@ engines: .venv/.stamp-venv ## build Prism, Flink, Spark and more for `make test-
 # Behind the tests of the engines come those that `make test` skips where Beam's extras are not installed.
 ENGINE_TESTS = tests/engines tests/io/test_options.py tests/pipelines/test_dataflow_graph.py \
 	tests/transforms/test_fields_schemas.py
+IN_TWO = --numprocesses 2 --dist loadscope --no-loadscope-reorder
 test-engines: engines .venv/.stamp-engines ## run our transforms and programs on every engine; some minutes
-	$(BIN)/python -m pytest $(ENGINE_TESTS) --numprocesses 2 --dist loadscope --timeout 600 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ENGINE_TESTS) $(IN_TWO) --timeout 600 $(PYTEST_ARGS)
 
 # A column of the table alone: make engines-matrix PYTEST_ARGS="-k Spark"
 engines-matrix: export BEAM_ENVELOPE_MATRIX = build/engines-matrix.json

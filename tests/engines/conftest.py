@@ -43,6 +43,12 @@ def pytest_unconfigure(config):
     stop_all()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begin with the longest single tests, so that none of several processes is left alone with them."""
+    items.sort(key=lambda item: item.path.stem not in {"test_kills", "test_s3_for_real"})
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Of several processes, let one have all tests of an engine."""
