@@ -18,7 +18,7 @@ JAVA = [  # with the time in logs
     *(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENS),
 ]  # fmt: skip
 MEMORY = {  # of a TaskManager: its start scripts would compute these
-    "task.heap.size": "256m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
+    "task.heap.size": "896m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
     "framework.off-heap.size": "128m", "network.min": "256m", "network.max": "256m", "managed.size": "64m",
     "jvm-metaspace.size": "256m", "jvm-overhead.min": "192m", "jvm-overhead.max": "192m",
 }  # fmt: skip
@@ -109,7 +109,7 @@ class FlinkCluster:
         sizes |= {"taskmanager.resource-id": f"tm{number}", "taskmanager.cpu.cores": "1"}
         words = [word for name, value in sizes.items() for word in ("-D", f"{name}={value}")]
         main = "runtime.taskexecutor.TaskManagerRunner"
-        self.task_managers[number] = self._jvm(f"taskmanager-{number}", main, "384m", *words)
+        self.task_managers[number] = self._jvm(f"taskmanager-{number}", main, "1g", *words)
 
     def kill_task_manager(self, number):
         """Kill a TaskManager at once."""

@@ -22,7 +22,7 @@ from tests.engines.leaks import LeakWatch
 from tests.engines.streams import SOURCES, WINDOW_S, text_of
 
 STREAM_S = float(os.environ.get("BEAM_ENVELOPE_STREAM_S", "15"))
-INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.2  # Flink keeps something of each time that a source waited
+INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.5  # Flink keeps something of each time that a source waited
 ELEMENTS = int(STREAM_S / INTERVAL_S)
 DATA_KEY_S = 300  # the shortest life that DataKeyPolicy gives a data key
 ENGINES = ["Prism", "Flink cluster"]
