@@ -22,7 +22,8 @@ from tests.engines.leaks import LeakWatch
 from tests.engines.streams import SOURCES, WINDOW_S, text_of
 
 STREAM_S = float(os.environ.get("BEAM_ENVELOPE_STREAM_S", "15"))
-INTERVAL_S = 0.05 if STREAM_S <= 60 else 0.5  # Flink keeps something of each time that a source waited
+# Flink keeps something of each time that a source waited, and writes all of it at each checkpoint.
+INTERVAL_S, CHECKPOINT_MS = (0.05, 2000) if STREAM_S <= 60 else (1.0, 10_000)
 ELEMENTS = int(STREAM_S / INTERVAL_S)
 DATA_KEY_S = 300  # the shortest life that DataKeyPolicy gives a data key
 ENGINES = ["Prism", "Flink cluster"]
@@ -120,7 +121,7 @@ def stream(engine, is_flink, checkpoints, kms, tmp_path, monkeypatch, record_pro
         monkeypatch.setenv(name, value)
 
     def run(target):
-        options = ["--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000"]
+        options = [f"--checkpointing_interval={CHECKPOINT_MS}", "--shutdown_sources_after_idle_ms=1000"]
         options += ["--state_backend=filesystem", f"--state_backend_storage_path=file://{checkpoints}"]
         stream = Stream(engine, kms, tmp_path / "out", target, options if is_flink else (), [checkpoints])
         record_property("stream", stream.report())
