@@ -53,7 +53,8 @@ class Engine:
 
     def start_cluster(self):
         """Start a Flink cluster."""
-        self.cluster = FlinkCluster(self.folder / "flink", environment=self.environment)
+        settings = {"heartbeat.timeout": 50000}  # Flink's own; nothing is killed here, and a busy machine is slow
+        self.cluster = FlinkCluster(self.folder / "flink", settings=settings, environment=self.environment)
         self._stack.callback(self.cluster.stop)
         self.options += self.cluster.options
 
