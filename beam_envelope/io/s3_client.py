@@ -69,7 +69,12 @@ def _new_client(options: dict[str, Any], identity: Identity) -> Any:
         aws_access_key_id=options.get("s3_access_key_id"),
         aws_secret_access_key=options.get("s3_secret_access_key"),
         aws_session_token=options.get("s3_session_token"),
-        config=Config(max_pool_connections=_CONNECTIONS, user_agent_extra="beam-envelope"),
+        config=Config(
+            connect_timeout=10,
+            max_pool_connections=_CONNECTIONS,
+            retries={"mode": "standard"},  # the legacy mode raises before our own retries have their turn
+            user_agent_extra="beam-envelope",
+        ),
     )
     silence(client)
     return client

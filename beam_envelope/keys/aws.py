@@ -321,8 +321,8 @@ def _client(region: str | None, endpoint_url: str | None, identity: Identity) ->
                     connect_timeout=5,
                     read_timeout=10,
                     max_pool_connections=32,
-                    # Retries throttling and 5xx, with a client-side rate limit; never access or key errors.
-                    retries={"mode": "adaptive", "total_max_attempts": 8},
+                    # With a client-side rate limit once KMS throttles. Access and key errors are never sent again.
+                    retries={"mode": "adaptive"},
                     user_agent_extra="beam-envelope",
                 ),
             )

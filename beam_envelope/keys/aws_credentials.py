@@ -27,6 +27,7 @@ from botocore.credentials import (
 
 from beam_envelope.errors import EnvelopeError, FormatError, KeyAccessError, KmsUnavailableError
 from beam_envelope.keys import google_identity
+from beam_envelope.keys.aws_retries import be_patient
 from beam_envelope.keys.defaults import option_or_environment
 from beam_envelope.keys.wire_log import wire_log_off
 
@@ -41,7 +42,7 @@ _SAID_USER: Final = re.compile(r"User: (\S+) is not authorized")
 _STS: Final = Config(
     connect_timeout=5,
     read_timeout=10,
-    retries={"mode": "standard", "total_max_attempts": 5},
+    retries={"mode": "standard"},
     user_agent_extra="beam-envelope",
 )
 _DENIED: Final = {"AccessDenied", "AccessDeniedException"}
@@ -134,7 +135,7 @@ def new_client(service: Any, identity: Identity, region: str | None, **settings:
         session = _sessions.get((identity, region))
         if session is None:
             session = _sessions[identity, region] = _new_session(identity, region)
-        return session.client(service, **settings)
+        return be_patient(session.client(service, **settings))
 
 
 def clear_sessions() -> None:
@@ -202,7 +203,7 @@ class _AssumedRole(CredentialProvider):
         return AssumeRoleCredentialFetcher(self._client, source, self._role_arn, arguments)
 
     def _client(self, service: Any, *, config: Config | None = None, **settings: Any) -> Any:
-        return self._inner.create_client(service, config=_STS.merge(config or Config()), **settings)
+        return be_patient(self._inner.create_client(service, config=_STS.merge(config or Config()), **settings))
 
     def _token(self) -> str:
         token = google_identity.identity_token(self._identity.audience or AUDIENCE)

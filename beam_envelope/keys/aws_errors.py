@@ -14,6 +14,7 @@ from beam_envelope.errors import (
     TamperedError,
     WrongKeyError,
 )
+from beam_envelope.keys.aws_retries import is_throttling
 
 if TYPE_CHECKING:
     from beam_envelope.keys.aws import AwsKms
@@ -67,7 +68,7 @@ def refused(  # noqa: PLR0911  # one for each answer of KMS
         )
     if code == "ValidationException":
         return FormatError(f"KMS does not take the key name {key.key_id!r} or the context. {said}")
-    if status >= _SERVER_ERROR or "Throttl" in code or code == "LimitExceededException":
+    if status >= _SERVER_ERROR or is_throttling(code):
         return KmsUnavailableError(
             f"KMS did not serve {operation} on {key.key_id} after all retries; run the job again, or ask AWS for "
             f"a higher KMS request quota. {said}"

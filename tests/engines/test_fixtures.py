@@ -1,8 +1,10 @@
 """The fixtures themselves: engines that do not start are told of, and nothing outlives the tests."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -113,6 +115,34 @@ def test_the_watch_sees_a_file_that_goes_again(tmp_path):
         wait_for(lambda: watch.looked_into == 2, "watch")
         (tmp_path / "spill").unlink()
     assert watch.found == {f"{tmp_path}/spill"}
+
+
+def test_the_watch_bears_folders_that_go_meanwhile(tmp_path):
+    done = threading.Event()
+
+    def make_and_remove():
+        while not done.is_set():
+            (tmp_path / "a" / "b").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "a")
+
+    thread = threading.Thread(target=make_and_remove)
+    thread.start()
+    try:
+        with LeakWatch([tmp_path], b"CANARY-7f3a") as watch:
+            for _ in range(500):
+                watch._look()
+            (tmp_path / "spill").write_bytes(b"x CANARY-7f3a x")
+    finally:
+        done.set()
+        thread.join()
+    assert watch.found == {f"{tmp_path}/spill"}
+
+
+def test_a_watch_that_could_not_look_fails_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.engines.leaks.find_plaintext", lambda *_: 1 / 0)
+    (tmp_path / "spill").write_bytes(b"x")
+    with pytest.raises(ZeroDivisionError), LeakWatch([tmp_path], b"CANARY-7f3a") as watch:
+        wait_for(lambda: watch._error is not None, "watch")
 
 
 def test_the_engines_are_not_built_again():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import boto3
 import pytest
@@ -200,7 +201,8 @@ def visible(client):
 
 
 @pytest.mark.parametrize("moment", ["CreateMultipartUpload", "UploadPart", "PutObject", "CompleteMultipartUpload"])
-def test_killed_before_any_request_nothing_is_whole_and_a_second_try_is(restarted, client, moment):
+def test_killed_before_any_request_nothing_is_whole_and_a_second_try_is(restarted, client, moment, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # nobody starts it again meanwhile
     data = data_of(3 * PART)
 
     def kill(**_):
@@ -225,6 +227,7 @@ def test_a_writer_outlives_a_server_that_is_away_for_a_moment(restarted):
 
     def restart():
         restarted.kill()
+        time.sleep(3)
         restarted.start_again()
 
     with write_shard("s3://sealed/large") as shard:
@@ -242,6 +245,7 @@ def test_a_job_whose_server_is_killed_is_finished_by_skip(restarted, client, env
     words = ["encrypt", f"{data}/*", "--output", "s3://sealed/", "--key", KEY, "--context", "dataset=people"]
     command = [sys.executable, "-m", "beam_envelope.cli", *words]
     variables = {**clean_environment(tmp_path, environment), "PYTHONPATH": os.pathsep.join(sys.path)}
+    variables["AWS_MAX_ATTEMPTS"] = "2"  # nobody starts it again meanwhile
     objects = restarted.objects / "sealed"
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)

@@ -9,6 +9,7 @@ import signal
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -76,6 +77,19 @@ def hook(event, handler):
     """Have our client call a handler."""
     s3_client().meta.events.register(event, handler)
     _hooks.append((event, handler))
+
+
+@pytest.fixture
+def away(fresh_clients, small_parts, monkeypatch):
+    """An S3 that cannot be reached once it `begins()`; what was `sent`, and the `waits` between, in seconds."""
+    waits, sent = [], []
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=waits.append))
+
+    def refuse_connection(request, **_):
+        sent.append(request)
+        raise boto_errors.EndpointConnectionError(endpoint_url="http://s3")
+
+    return SimpleNamespace(sent=sent, waits=waits, begins=lambda: hook("before-send.s3.UploadPart", refuse_connection))
 
 
 @pytest.fixture
@@ -745,6 +759,36 @@ class TestMessages:
         for call in (lambda: S3Store().open("s3://bucket/file"), lambda: put(b"data", overwrite=True)):
             error = error_of(OSError, call)
             assert error.strerror == "S3 could not be used: Unable to locate credentials"
+
+    def test_a_server_that_is_away_is_waited_for(self, away, caplog):
+        away.begins()
+        assert error_of(OSError, put, data_of(PART)).strerror.startswith("S3 could not be used: Could not connect")
+        assert (len(away.sent), len(away.waits)) == (8, 7)
+        assert all(limit / 2 <= wait <= limit for wait, limit in zip(away.waits[2:], (1, 2, 4, 8, 16), strict=True))
+        said = [record.message for record in caplog.records if record.name == "beam_envelope.keys.aws_retries"]
+        assert len(said) == 5
+        assert re.fullmatch(r"S3 UploadPart: EndpointConnectionError; trying again in \d+ s", said[0])
+
+    def test_each_thread_has_its_own_retries(self, away):
+        """botocore's, some 35 for all threads of a client, are used up by the first of them."""
+        away.begins()
+        with ThreadPoolExecutor(20) as pool:
+            tries = [pool.submit(put, data_of(PART), path=f"s3://bucket/{number}") for number in range(20)]
+        assert all(isinstance(done.exception(), OSError) for done in tries)
+        assert len(away.sent) == 20 * 8
+
+    def test_aws_own_setting_of_the_attempts_holds(self, away, monkeypatch):
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+        away.begins()
+        error_of(OSError, put, data_of(PART))
+        assert len(away.sent) == 2
+
+    @pytest.mark.parametrize("mode", ["legacy", "standard", "adaptive"])
+    def test_aws_own_retry_mode_takes_no_patience_away(self, away, monkeypatch, mode):
+        monkeypatch.setenv("AWS_RETRY_MODE", mode)
+        away.begins()
+        error_of(OSError, put, data_of(PART))
+        assert len(away.sent) == 8
 
     @pytest.mark.usefixtures("fresh_clients")
     def test_settings_that_make_no_client(self, boto, monkeypatch):

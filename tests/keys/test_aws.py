@@ -348,6 +348,19 @@ def test_throttling_is_waited_out(fake_kms, key, no_waiting):
     assert len(no_waiting) == 7
 
 
+@pytest.mark.parametrize("where", ["variable", "profile"])
+def test_aws_own_setting_of_the_attempts_holds(fake_kms, key, no_waiting, monkeypatch, tmp_path, where):
+    if where == "variable":
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    else:
+        (tmp_path / "config").write_text("[profile patient]\nmax_attempts = 3\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_PROFILE", "patient")
+    fake_kms.fail(10**6, "KMSInternalException", 500)
+    message(KmsUnavailableError, key.generate_data_key, CONTEXT)
+    assert fake_kms.calls == {"GenerateDataKey": 3}
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [

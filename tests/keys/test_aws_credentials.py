@@ -339,7 +339,7 @@ def test_other_refusals(sts, status, code, error, start):
     said = message(error, key_of("role").check, {})
     assert said.startswith(start)
     assert said.endswith(f"AWS says {code}: no")
-    assert len(sts.requests) == (5 if error is KmsUnavailableError else 1)
+    assert len(sts.requests) == (8 if error is KmsUnavailableError else 1)
 
 
 def test_a_session_name_that_boto3_does_not_take(sts):
