@@ -1,6 +1,7 @@
 """Flink: a cluster of a JobManager and TaskManagers, each a JVM of its own, with Beam's job server before it."""
 
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -17,8 +18,9 @@ JAVA = [  # with the time in logs
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
     *(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENS),
 ]  # fmt: skip
+HEAP_MIB = int(os.environ.get("BEAM_ENVELOPE_HEAP_MIB", "1024"))  # of a TaskManager; long streams want more
 MEMORY = {  # of a TaskManager: its start scripts would compute these
-    "task.heap.size": "896m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
+    "task.heap.size": f"{HEAP_MIB - 128}m", "task.off-heap.size": "64m", "framework.heap.size": "128m",
     "framework.off-heap.size": "128m", "network.min": "256m", "network.max": "256m", "managed.size": "64m",
     "jvm-metaspace.size": "256m", "jvm-overhead.min": "192m", "jvm-overhead.max": "192m",
 }  # fmt: skip
@@ -109,7 +111,7 @@ class FlinkCluster:
         sizes |= {"taskmanager.resource-id": f"tm{number}", "taskmanager.cpu.cores": "1"}
         words = [word for name, value in sizes.items() for word in ("-D", f"{name}={value}")]
         main = "runtime.taskexecutor.TaskManagerRunner"
-        self.task_managers[number] = self._jvm(f"taskmanager-{number}", main, "1g", *words)
+        self.task_managers[number] = self._jvm(f"taskmanager-{number}", main, f"{HEAP_MIB}m", *words)
 
     def kill_task_manager(self, number):
         """Kill a TaskManager at once."""

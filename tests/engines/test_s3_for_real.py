@@ -203,11 +203,12 @@ def visible(client):
 @pytest.mark.parametrize("moment", ["CreateMultipartUpload", "UploadPart", "PutObject", "CompleteMultipartUpload"])
 def test_killed_before_any_request_nothing_is_whole_and_a_second_try_is(restarted, client, moment, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # nobody starts it again meanwhile
-    data = data_of(3 * PART)
+    data, one = data_of(3 * PART), threading.Lock()  # parts are sent by several threads
 
     def kill(**_):
-        if restarted.is_alive():
-            restarted.kill()
+        with one:
+            if restarted.is_alive():
+                restarted.kill()
 
     s3_client().meta.events.register(f"before-send.s3.{moment}", kill)
     with pytest.raises(OSError, match="S3 could not be used"), write_shard("s3://sealed/large") as shard:
