@@ -1,6 +1,6 @@
 """A streaming job: two sources without an end, many small bundles, and what is encrypted of them. Run as a program.
 
-    python -m tests.engines.streams OUT TARGET --elements N --interval S --streaming ...
+    python -m tests.engines.streams OUT TARGET --elements N --interval S --sources impulse replay --streaming ...
 
 Each source gives N elements, one each S seconds: `impulse` is Beam's own PeriodicImpulse, `replay` a splittable DoFn of
 ours that reads a file. The target is `records`, envelopes in the files of `OUT/SOURCE/sealed`, each line of which is
@@ -9,6 +9,7 @@ one bundle, or `text`, the shards `OUT/SOURCE/text*` of windows of WINDOW_S seco
 
 import argparse
 import base64
+import itertools
 import json
 import os
 import sys
@@ -57,6 +58,9 @@ class Lines(beam.RestrictionProvider):
 class Replay(beam.DoFn):
     """Gives each line of a file when it is due, and hands the rest back to the runner until the next is.
 
+    The wait is its own: Flink gives the rest to a worker again at once, whatever time it is asked to wait, and keeps a
+    state for each time. So there is one time for each line, not a hundred a second.
+
     Input: pairs of a path and the time at which its first line is due. Output: lines, with the times they were due.
     """
 
@@ -71,18 +75,19 @@ class Replay(beam.DoFn):
         watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),  # noqa: B008
     ):
         path, start = element
-        lines, position = lines_of(path), tracker.current_restriction().start
-        while True:
+        lines, first = lines_of(path), tracker.current_restriction().start
+        for position in itertools.count(first):
             due = start + position * self._interval
             if due > time.time():
                 watermark.set_watermark(Timestamp(due))
-                tracker.defer_remainder(Timestamp(due))
-                return
+                if position > first:
+                    tracker.defer_remainder(Timestamp(due))
+                    return
+                time.sleep(max(0, due - time.time()))
             if not tracker.try_claim(position):
                 return
             watermark.set_watermark(Timestamp(due))
             yield TimestampedValue(lines[position], due)
-            position += 1
 
 
 class Keep(beam.DoFn):
@@ -159,9 +164,10 @@ def main():
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--elements", type=int, required=True)
     parser.add_argument("--interval", type=float, required=True)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, required=True)
     arguments, options = parser.parse_known_args()
     pipeline = beam.Pipeline(options=PipelineOptions(options))
-    for source in SOURCES:
+    for source in arguments.sources:
         _ = pipeline | source >> Branch(source, arguments)
     result = pipeline.run()
     state = result.wait_until_finish() or result.state
