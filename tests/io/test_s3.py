@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import os
 import random
 import re
@@ -102,11 +103,10 @@ def requests(boto):
 
 def before(operation, action, number=0):
     """Do something just before a request of an operation leaves: the first, or the one of that number."""
-    left = [number]
+    count = itertools.count()  # parts are sent by several threads; `next` is one step
 
     def handle(**_):
-        left[0] -= 1
-        if left[0] == -1:
+        if next(count) == number:
             action()
 
     hook(f"before-send.s3.{operation}" if operation else "before-send.s3", handle)
@@ -114,13 +114,10 @@ def before(operation, action, number=0):
 
 def refuse(operation, status, code, times=1):
     """Answer the next requests of an operation with an error, in place of the server."""
-    left = [times]
+    count = itertools.count()
 
     def respond(request, **_):
-        left[0] -= 1
-        if left[0] < 0:
-            return None
-        return s3_error(request, status, code)
+        return s3_error(request, status, code) if next(count) < times else None
 
     hook(f"before-send.s3.{operation}", respond)
 
