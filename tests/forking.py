@@ -5,6 +5,7 @@ Run as a program it reads one request a line, in JSON: the words of the command,
 it opens, renames, links or removes a file below the folder `below`. It answers each with the child's exit status.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -53,13 +54,12 @@ def _child(request):
         os.setgid(request["uid"])
         os.setuid(request["uid"])
     if request["step"] is not None:
-        left = [request["step"]]
+        steps = itertools.count(1)  # `next` is one step, also of several threads
 
         def count(event, arguments):
-            if event in _SYSTEM_CALLS and str(arguments[0]).startswith(request["below"] + "/"):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), request["signal"])
+            watched = event in _SYSTEM_CALLS and str(arguments[0]).startswith(request["below"] + "/")
+            if watched and next(steps) == request["step"]:
+                os.kill(os.getpid(), request["signal"])
 
         sys.addaudithook(count)
     sys.exit(cli.main(request["words"]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import threading
 from collections import Counter
@@ -131,14 +132,12 @@ class Aws:
     @contextlib.contextmanager
     def stopped_at(self, operation, number=1):
         """Hold back the request of that number of an operation until the block ends; yields an event that it came."""
-        came, go_on, left = threading.Event(), threading.Event(), [number]
+        came, go_on, count = threading.Event(), threading.Event(), itertools.count(1)
 
         def watch(request):
-            if request.operation == operation:
-                left[0] -= 1
-                if left[0] == 0:
-                    came.set()
-                    go_on.wait(60)
+            if request.operation == operation and next(count) == number:
+                came.set()
+                go_on.wait(60)
 
         self._recorder.watch = watch
         try:
