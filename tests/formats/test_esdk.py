@@ -554,8 +554,11 @@ def test_forged_lengths_allocate_nothing(key, frame_bytes):
     try:
         for at in range(35, len(message) - 8):
             for size in (2, 4, 8):
+                forged = message[:at] + b"\x7f" * size + message[at + size :]
+                if forged == message:  # random bytes: one message in 100 has two in a row that are 0x7f already
+                    continue
                 with pytest.raises(EnvelopeError):
-                    decryptor.decrypt(message[:at] + b"\x7f" * size + message[at + size :])
+                    decryptor.decrypt(forged)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20  # the forged lengths are of up to 2 GiB
     finally:
         tracemalloc.stop()
