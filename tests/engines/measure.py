@@ -195,7 +195,7 @@ def cost(place, environment, sizes):
         for name, pair in measure_jobs.PAIRS.items():
             if sizes.pair and name not in sizes.pair:
                 continue
-            kind = {"EncryptFiles": "files", "EncryptTables": "tables"}.get(name.partition(",")[0], "lines")
+            kind = measure_jobs.INPUTS.get(name, "lines")
             plain, sealed = (bench.net(job.__name__, data[kind], small[kind], sizes.repeat) for job in pair)
             ratios = {f"ratio_{unit}": _ratio(sealed[unit], plain[unit]) for unit in ("net_s", "net_processor_s")}
             found[name] = {"plain": plain, "encrypted": sealed, **ratios}
@@ -204,21 +204,29 @@ def cost(place, environment, sizes):
 
 
 def _inputs(place, sizes, *, small=False):
-    """Write files of random bytes, files of lines, and these as tables; return their folders."""
-    folders = {name: place / name for name in ("files", "lines", "tables")}
+    """Write files of random bytes; lines of 100 bytes and orders of 1000, and both as tables; return their folders."""
+    folders = {name: place / name for name in ("files", "lines", "tables", "orders", "order-tables")}
     place.mkdir()
     _files(folders["files"], sizes.files, 1 if small else sizes.file_mib * MIB)
-    folders["lines"].mkdir()
-    folders["tables"].mkdir()
-    for number in range(8):
-        path = folders["lines"] / f"{number}.txt"
-        count = 1 if small else sizes.lines_mib * MIB // 8 // 100
-        path.write_text("".join(f"{line:09} {secrets.token_hex(44)}a\n" for line in range(count)))  # 100 bytes each
-        table = measure_jobs.table_of(path)
-        with pq.ParquetWriter(folders["tables"] / f"{number}.parquet", table.schema) as writer:
-            for _ in range(1 if small else 8):
-                writer.write_table(table)
+    mib = 0 if small else sizes.lines_mib
+    _lines(folders["lines"], folders["tables"], mib, 100, measure_jobs.row_of, measure_jobs.SCHEMA)
+    _lines(folders["orders"], folders["order-tables"], mib, 1000, measure_jobs.order_of, measure_jobs.ORDERS)
     return folders
+
+
+def _lines(texts, tables, mib, line_bytes, to_row, schema):
+    """Write 8 files of lines, of so many MiB together, and each as a Parquet file that has its rows 8 times."""
+    texts.mkdir()
+    tables.mkdir()
+    digits = line_bytes - 11  # beside the number, a space, and the line's end
+    for number in range(8):
+        path = texts / f"{number}.txt"
+        count = mib * MIB // 8 // line_bytes or 1
+        path.write_text("".join(f"{n:09} {secrets.token_hex(digits // 2 + 1)[:digits]}\n" for n in range(count)))
+        table = measure_jobs.table_of(path, to_row, schema)
+        with pq.ParquetWriter(tables / f"{number}.parquet", schema) as writer:
+            for _ in range(8 if mib else 1):
+                writer.write_table(table)
 
 
 def memory(place, environment, sizes):

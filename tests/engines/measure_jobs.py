@@ -31,6 +31,12 @@ from tests.engines.branches import as_text, table_to_base64, to_base64, utf8
 KEY = "aws-kms://alias/etl"
 SCHEMA = pa.schema([("id", pa.int64()), ("text", pa.string())])
 
+# An order as ETL jobs have them: of 1000 bytes, in a number and ten texts, of which two are of a person.
+NAMES = [f"f{number}" for number in range(10)]
+PERSONAL = ["f3", "f7"]
+ORDERS = pa.schema([("id", pa.int64()), *((name, pa.string()) for name in NAMES)])
+SEALED_ORDERS = pa.schema([(one.name, pa.binary() if one.name in PERSONAL else one.type) for one in ORDERS])
+
 
 def _target(file, output):
     target = Path(output, Path(file.path).name)
@@ -73,9 +79,16 @@ def row_of(line):
     return {"id": int(line[:9]), "text": line[10:]}
 
 
-def table_of(path):
+def order_of(line):
+    """Return a line as a row of `ORDERS`."""
+    size = (len(line) - 10) // len(NAMES)
+    starts = range(10, len(line), size)
+    return {"id": int(line[:9]), **{name: line[at : at + size] for name, at in zip(NAMES, starts, strict=False)}}
+
+
+def table_of(path, to_row=row_of, schema=SCHEMA):
     """Return the lines of a file as a table."""
-    return pa.Table.from_pylist([row_of(line) for line in Path(path).read_text().splitlines()], SCHEMA)
+    return pa.Table.from_pylist([to_row(line) for line in Path(path).read_text().splitlines()], schema)
 
 
 def _lines(begin, data):
@@ -162,6 +175,32 @@ def encrypted_columns(begin, data, output, shards):
     return texts | beam.io.WriteToText(f"{output}/part", num_shards=shards)
 
 
+def plain_order_fields(begin, data, output, shards):
+    """Orders as JSON."""
+    texts = _lines(begin, data) | beam.Map(order_of) | "JSON" >> beam.Map(as_text)
+    return texts | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def encrypted_order_fields(begin, data, output, shards):
+    """EncryptFields of two of eleven fields, as JSON."""
+    rows = _lines(begin, data) | beam.Map(order_of)
+    sealed = rows | EncryptFields(PERSONAL, key=KEY, keys=f"{output}/keys", encoding="base64")
+    return sealed | "JSON" >> beam.Map(as_text) | beam.io.WriteToText(f"{output}/part", num_shards=shards)
+
+
+def plain_order_columns(begin, data, output, shards):
+    """Parquet, read and written by Beam."""
+    tables = begin | beam.io.ReadFromParquetBatched(f"{data}/*")
+    return tables | beam.io.WriteToParquetBatched(f"{output}/part", ORDERS, num_shards=shards)
+
+
+def encrypted_order_columns(begin, data, output, shards):
+    """EncryptColumns of two of eleven columns, between Beam's reading and writing of Parquet."""
+    tables = begin | beam.io.ReadFromParquetBatched(f"{data}/*")
+    sealed = tables | EncryptColumns(PERSONAL, key=KEY, keys=f"{output}/keys")
+    return sealed | beam.io.WriteToParquetBatched(f"{output}/part", SEALED_ORDERS, num_shards=shards)
+
+
 def plain_parquet(begin, data, output, shards):
     """Beam's WriteToParquet."""
     rows = _lines(begin, data) | beam.Map(row_of)
@@ -194,9 +233,19 @@ PAIRS = {
     "EncryptRecords": (plain_records, encrypted_records),
     "EncryptRecords, messages": (plain_records, encrypted_messages),
     "EncryptFields": (plain_fields, encrypted_fields),
+    "EncryptFields, orders": (plain_order_fields, encrypted_order_fields),
     "EncryptColumns": (plain_columns, encrypted_columns),
+    "EncryptColumns, orders": (plain_order_columns, encrypted_order_columns),
 }
 """Each transform of ours and its like without encryption."""
+INPUTS = {
+    "EncryptFiles": "files",
+    "EncryptFiles, the kernel's copy": "files",
+    "EncryptTables": "tables",
+    "EncryptFields, orders": "orders",
+    "EncryptColumns, orders": "order-tables",
+}
+"""Their inputs, where they are not lines of 100 bytes."""
 JOBS = {job.__name__: job for pair in PAIRS.values() for job in pair}
 
 

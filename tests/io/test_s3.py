@@ -48,13 +48,18 @@ def plain_client(moto_endpoint):
 
 @pytest.fixture
 def boto(plain_client, moto_server, monkeypatch):
-    """The plain client, with an empty bucket; our own client is the same for all tests, and loses its hooks."""
+    """The plain client, with an empty bucket; our own client is the same for all tests, and loses its hooks.
+
+    What a test leaves open is aborted: else its parts would go on, and be tried again, beside the next tests.
+    """
     monkeypatch.setattr(FileSystems, "_pipeline_options", None)
     plain_client.create_bucket(Bucket="bucket")
     yield plain_client
     while _hooks:
         event, handler = _hooks.pop()
         s3_client().meta.events.unregister(event, handler)
+    while _started:
+        _started.pop().abort()
 
 
 @pytest.fixture
@@ -72,6 +77,7 @@ def fresh_clients(boto):
 
 
 _hooks = []
+_started = []
 
 
 def hook(event, handler):
@@ -140,6 +146,7 @@ def uploads(boto):
 
 def started(data=b"", *, overwrite=False, key_file=KEY_FILE, path="s3://bucket/dir/shard", size_hint=0):
     output = S3Store().create(path, overwrite=overwrite, size_hint=size_hint)
+    _started.append(output)
     if key_file is not None:
         output.begin(key_file)
     output.write(data)
