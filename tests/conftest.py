@@ -8,14 +8,16 @@ import threading
 import urllib.request
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from beam_envelope.keys.cache import clear_caches
 from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.keys.provider import kms_calls
 from beam_envelope.testing import FakeKms
 
-settings.register_profile("beam_envelope", deadline=None, print_blob=True)  # a shared machine knows no deadline
+# A shared machine knows no deadline, and nothing is too slow for it; fixtures that all examples share are meant so.
+_UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("beam_envelope", deadline=None, print_blob=True, suppress_health_check=_UNCHECKED)
 settings.load_profile("beam_envelope")
 
 

@@ -493,11 +493,11 @@ def test_a_changed_byte_or_length_gives_a_value_or_an_envelope_error(value, data
 
 
 def test_counts_reserve_no_memory():
-    start = clock.perf_counter()
+    start = clock.process_time()
     for name in (b"@l", b"@t", b"@m"):
         with pytest.raises(FormatError):
             decode_value(name + b"\x00\xff\xff\xff\xff\xff\xff\xff\xff")
-    assert clock.perf_counter() - start < 1
+    assert clock.process_time() - start < 1
 
 
 # ---------------------------------------------------------------------------------------------------- more types
