@@ -188,13 +188,13 @@ def scale(place, environment, sizes):
 
 def cost(place, environment, sizes):
     """Time each transform and its like without encryption."""
-    data, small = _inputs(place / "data", sizes), _inputs(place / "small", sizes, small=True)
+    pairs = {name: pair for name, pair in measure_jobs.PAIRS.items() if not sizes.pair or name in sizes.pair}
+    kinds = {"files", *(measure_jobs.INPUTS.get(name, "lines") for name in pairs)}
+    data, small = (_inputs(place / name, kinds, sizes, small=name == "small") for name in ("data", "small"))
     found = {"files": sizes.files, "file_mib": sizes.file_mib, "lines_mib": sizes.lines_mib}
     with Bench(place, environment, 2) as bench:
         bench.run("copy_files", small["files"])  # the first job of a cluster takes longer
-        for name, pair in measure_jobs.PAIRS.items():
-            if sizes.pair and name not in sizes.pair:
-                continue
+        for name, pair in pairs.items():
             kind = measure_jobs.INPUTS.get(name, "lines")
             plain, sealed = (bench.net(job.__name__, data[kind], small[kind], sizes.repeat) for job in pair)
             ratios = {f"ratio_{unit}": _ratio(sealed[unit], plain[unit]) for unit in ("net_s", "net_processor_s")}
@@ -203,14 +203,16 @@ def cost(place, environment, sizes):
     return found
 
 
-def _inputs(place, sizes, *, small=False):
-    """Write files of random bytes; lines of 100 bytes and orders of 1000, and both as tables; return their folders."""
+def _inputs(place, kinds, sizes, *, small):
+    """Write files of random bytes; lines of 100 bytes, or orders of 1000, and both as tables; return their folders."""
     folders = {name: place / name for name in ("files", "lines", "tables", "orders", "order-tables")}
     place.mkdir()
     _files(folders["files"], sizes.files, 1 if small else sizes.file_mib * MIB)
     mib = 0 if small else sizes.lines_mib
-    _lines(folders["lines"], folders["tables"], mib, 100, measure_jobs.row_of, measure_jobs.SCHEMA)
-    _lines(folders["orders"], folders["order-tables"], mib, 1000, measure_jobs.order_of, measure_jobs.ORDERS)
+    if kinds & {"lines", "tables"}:
+        _lines(folders["lines"], folders["tables"], mib, 100, measure_jobs.row_of, measure_jobs.SCHEMA)
+    if kinds & {"orders", "order-tables"}:
+        _lines(folders["orders"], folders["order-tables"], mib, 1000, measure_jobs.order_of, measure_jobs.ORDERS)
     return folders
 
 
