@@ -15,9 +15,8 @@ from beam_envelope.keys.local import LocalKms, generate_local_key
 from beam_envelope.keys.provider import kms_calls
 from beam_envelope.testing import FakeKms
 
-# A shared machine knows no deadline, and nothing is too slow for it; fixtures that all examples share are meant so.
-_UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("beam_envelope", deadline=None, print_blob=True, suppress_health_check=_UNCHECKED)
+# A shared machine knows no deadline, and nothing is too slow for it.
+settings.register_profile("beam_envelope", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("beam_envelope")
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_envelope import (
@@ -137,7 +137,10 @@ def test_types_may_be_given(sealer):
         sealer.decrypt(sealed, {"email": pa.int64()})
 
 
-@settings(max_examples=60)
+_SHARES_A_FIXTURE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # all examples may
+
+
+@settings(max_examples=60, suppress_health_check=_SHARES_A_FIXTURE)
 @given(data=st.data())
 def test_any_column_in_any_chunks_comes_back(sealer, data):
     kind = data.draw(types())
@@ -152,7 +155,7 @@ def test_any_column_in_any_chunks_comes_back(sealer, data):
     assert [one is None for one in sealed.column("c").to_pylist()] == [one is None for one in expected]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=_SHARES_A_FIXTURE)
 @given(data=st.data())
 def test_any_scalar_column_comes_back_from_raw_cells_or_is_refused(sealer, data):
     kind = data.draw(types(0))
