@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, cast
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -92,8 +93,8 @@ class ManifestSection:
         mac = hmac.new(HKDFExpand(hashes.SHA512(), _MAC_BYTES, bound).derive(data_key.material), digestmod="sha256")
         mac.update(len(bound).to_bytes(4, "big") + bound)
         mac.update(self.data_key.key_id + self.earlier + len(self.shards).to_bytes(8, "big"))
-        for name, entry in sorted(self.shards.items()):
-            path = name.encode()
+        for name in sorted(self.shards):
+            path, entry = name.encode(), self.shards[name]
             mac.update(len(path).to_bytes(4, "big") + path)
             if entry is None:
                 mac.update(b"\x00")
@@ -128,11 +129,17 @@ class Manifest:
         """Return for each path the number of the last section that names it, and what that says; not authenticated."""
         return {path: (n, entry) for n, section in enumerate(self.sections) for path, entry in section.shards.items()}
 
+    def entries(self) -> Mapping[str, ManifestEntry | None]:
+        """Return what the last section that names a path says of it; not authenticated."""
+        if len(self.sections) == 1:
+            return self.sections[0].shards
+        return {path: entry for section in self.sections for path, entry in section.shards.items()}
+
     def with_section(
         self, data_key: DataKey, context: Mapping[str, str], shards: Mapping[str, ManifestEntry | None]
     ) -> Manifest:
         """Return this manifest with one more section, signed."""
-        section = ManifestSection(WrappedDataKey.of(data_key), dict(context), dict(shards), self.digest())
+        section = ManifestSection(WrappedDataKey.of(data_key), dict(context), shards, self.digest())
         return Manifest((*self.sections, section.signed(data_key)))
 
     def with_wrapped_keys(self, data_keys: Sequence[WrappedDataKey]) -> Manifest:
@@ -154,9 +161,25 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the one encoding: JSON, fields in this order, one line for each shard, a newline at the end."""
-        sections = ",\n".join(map(_section_text, self.sections))
-        inner = f"[\n{sections}\n  ]" if sections else "[]"
-        return f'{{\n  "format": {_dump(FORMAT)},\n  "version": {VERSION},\n  "sections": {inner}\n}}\n'.encode()
+        encoded = io.BytesIO()
+        encoded.writelines(self._lines())
+        return encoded.getvalue()
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the one encoding in short pieces: of a hundred thousand shards, the whole is there only once."""
+        yield f'{{\n  "format": {_dump(FORMAT)},\n  "version": {VERSION},\n  "sections": ['.encode()
+        for number, section in enumerate(self.sections):
+            yield b",\n" if number else b"\n"
+            yield from _section_lines(section)
+        yield b"\n  ]\n}\n" if self.sections else b"]\n}\n"
+
+    def _is_encoded_as(self, raw: bytes) -> bool:
+        place = 0
+        for line in self._lines():
+            if not raw.startswith(line, place):
+                return False
+            place += len(line)
+        return place == len(raw)
 
     @classmethod
     def from_bytes(cls, raw: bytes, what: str) -> Manifest:
@@ -169,16 +192,15 @@ class Manifest:
         if len(raw) > MAX_MANIFEST_BYTES:
             _refuse(what, f"it is larger than {MAX_MANIFEST_BYTES} bytes")
         try:
-            document = json.loads(raw)
-        except (ValueError, RecursionError):
-            _refuse(what, "it is not JSON, or was cut short")
-        try:
+            document = json.loads(raw, object_hook=_shrunk)
             if document["format"] != FORMAT:
                 _refuse(what, f"its format is not {FORMAT!r}")
             if document["version"] != VERSION:
                 _refuse(what, "it is of a version that this release does not know; use a newer one")
             parsed = cls(tuple(_section(entry, what) for entry in document["sections"]))
-            same = parsed.to_bytes() == raw
+            same = parsed._is_encoded_as(raw)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            _refuse(what, "it is not JSON, or was cut short")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             _refuse(what, "a field is missing or of the wrong type")
         if not same:
@@ -190,7 +212,7 @@ class Manifest:
 _dump: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _section_text(section: ManifestSection) -> str:
+def _section_lines(section: ManifestSection) -> Iterator[bytes]:
     head = {
         "section_id": str(section.section_id),
         "earlier": section.earlier.hex(),
@@ -198,20 +220,28 @@ def _section_text(section: ManifestSection) -> str:
         "data_key": write_data_key(section.data_key),
         "mac": section.mac.hex(),
     }
-    fields = [f"      {_dump(name)}: {_dump(value)}" for name, value in head.items()]
-    shards = [
-        f"        {_dump(path)}: {_dump(None if entry is None else entry._asdict())}"
-        for path, entry in sorted(section.shards.items())
-    ]
-    fields.append('      "shards": ' + ("{\n" + ",\n".join(shards) + "\n      }" if shards else "{}"))
-    return "    {\n" + ",\n".join(fields) + "\n    }"
+    yield b"    {\n"
+    for name, value in head.items():
+        yield f"      {_dump(name)}: {_dump(value)},\n".encode()
+    yield b'      "shards": {'
+    before = "\n"
+    for path in sorted(section.shards):
+        entry = section.shards[path]
+        yield f"{before}        {_dump(path)}: {_dump(None if entry is None else entry._asdict())}".encode()
+        before = ",\n"
+    yield b"\n      }\n    }" if section.shards else b"}\n    }"
+
+
+def _shrunk(members: dict[str, Any]) -> Any:
+    """Take a shard's object as soon as it is parsed, since there may be very many; a context has no number in it."""
+    return _entry(members) if type(members.get("stored_bytes")) is int else members
 
 
 def _section(entry: Any, what: str) -> ManifestSection:  # parsed JSON
     section = ManifestSection(
         parse_data_key(entry["data_key"], what),
         {_string(name): _string(value) for name, value in entry["context"].items()},
-        {_path(path): None if shard is None else _entry(shard) for path, shard in entry["shards"].items()},
+        _checked(entry["shards"]),
         bytes.fromhex(entry["earlier"]),
         uuid.UUID(entry["section_id"]),
         bytes.fromhex(entry["mac"]),
@@ -221,20 +251,22 @@ def _section(entry: Any, what: str) -> ManifestSection:  # parsed JSON
     return section
 
 
-def _entry(shard: Any) -> ManifestEntry:  # parsed JSON
+def _checked(shards: Any) -> dict[str, ManifestEntry | None]:  # parsed JSON
+    for path, entry in shards.items():
+        if not path or path.startswith("/") or ".." in path.split("/"):  # it would not be below the manifest's folder
+            raise ValueError
+        if not (entry is None or isinstance(entry, ManifestEntry)):
+            raise TypeError
+    return cast("dict[str, ManifestEntry | None]", shards)
+
+
+def _entry(shard: dict[str, Any]) -> ManifestEntry:  # parsed JSON
     return ManifestEntry(
         uuid.UUID(hex=_string(shard["shard_id"])).hex,
         _number(shard["stored_bytes"]),
         None if shard["plaintext_bytes"] is None else _number(shard["plaintext_bytes"]),
         None if shard["records"] is None else _number(shard["records"]),
     )
-
-
-def _path(path: str) -> str:
-    """Return the path of a shard, which is below the manifest's folder. Raises ValueError."""
-    if not path or path.startswith("/") or ".." in path.split("/"):
-        raise ValueError
-    return path
 
 
 def _number(value: Any) -> int:  # parsed JSON

@@ -20,6 +20,7 @@ from beam_envelope.formats.manifest import MAX_MANIFEST_BYTES, Manifest, Manifes
 from beam_envelope.io.keyfiles import KeyFileReplacedError, find_key_files, replace_key_file, settle
 from beam_envelope.io.store import (
     BeamStore,
+    Places,
     existing,
     key_file_path,
     quote_glob,
@@ -81,7 +82,7 @@ def add_to_manifest(
         KeyAccessError, KmsUnavailableError: from the KMS.
         FormatError, OSError: what is there is no manifest; from the store.
     """
-    written = list(shards)
+    written = list(shards) if isinstance(shards, Iterator) else shards  # each try goes through them anew
     data_key = None
     try:
         for attempt in range(_TRIES):
@@ -116,7 +117,7 @@ def compact_manifest(path: str, keys: Sequence[KeyProvider], context: Mapping[st
         manifest = Manifest.from_bytes(raw, path)
         for number in range(len(manifest.sections)):
             verify_section(manifest, number, keys, context, path)
-        shards = {name: entry for name, (_, entry) in manifest.latest().items() if entry is not None}
+        shards = {name: entry for name, entry in manifest.entries().items() if entry is not None}
         with generate_data_key(keys, context) as data_key:
             if _swap(path, raw, Manifest().with_section(data_key, context, shards).to_bytes()):
                 return len(manifest.sections)
@@ -168,11 +169,11 @@ def find_to_rotate(pattern: str) -> tuple[list[str], list[str]]:
     for place, raw in found.items():
         path = as_given + place[len(below) :] if place.startswith(below) else place
         try:
-            latest = Manifest.from_bytes(raw, path).latest()
+            entries = Manifest.from_bytes(raw, path).entries()
         except (FormatError, ManifestError):
-            latest = {}  # the rotation tells of it
+            entries = {}  # the rotation tells of it
         folder = split_path(place)[0]
-        shards = (folder + name for name, (_, entry) in latest.items() if entry is not None)
+        shards = (folder + name for name, entry in entries.items() if entry is not None)
         whole = known.issuperset(map(key_file_path, shards))
         (paths if whole else others).append(path)
     return paths, others
@@ -189,22 +190,22 @@ def listed_ids(folder: str) -> dict[str, str]:
         return {}
     path, raw = found
     above = split_path(path)[0]
-    latest = Manifest.from_bytes(raw, path).latest()
-    return {above + name: entry.shard_id for name, (_, entry) in latest.items() if entry is not None}
+    entries = Manifest.from_bytes(raw, path).entries()
+    return {above + name: entry.shard_id for name, entry in entries.items() if entry is not None}
 
 
-def _changes(manifest: Manifest, written: Sequence[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
-    latest = manifest.latest()
+def _changes(manifest: Manifest, written: Iterable[WrittenShard], folder: str) -> dict[str, ManifestEntry | None]:
+    known = manifest.entries()
     changes: dict[str, ManifestEntry | None] = {}
-    places = same_places(shard.path for shard in written)
+    place_of = Places()
     for shard in written:
-        place = places[shard.path]
+        place = place_of(shard.path)
         if not place.startswith(folder):
             raise ManifestError(f"{shard.path} is not below {folder}, whose manifest was to list it")
         name = place[len(folder) :]
         if name.startswith("/") or ".." in name.split("/"):
             raise ManifestError(f"{shard.path} has a name that no manifest takes. Write without // and .. in paths")
-        said = latest[name][1] if name in latest else None
+        said = known.get(name)
         if said != shard.entry and (shard.anew or said is None):
             changes[name] = shard.entry
     return changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import apache_beam as beam
 from apache_beam import typehints
@@ -18,6 +18,7 @@ from beam_envelope.transforms.metrics import Progress
 Sections = Callable[[Any], "tuple[WrittenShard, Settings]"]
 """What tells of a result which shard it is of, and under which keys and context the shard's section goes."""
 
+_T = TypeVar("_T")
 _ONE: Final = 0
 _BLOCK: Final = 500
 
@@ -64,15 +65,15 @@ class _ListDoFn(beam.DoFn):
         yield _ONE, (result, *self._section_of(result))
 
 
-class _Gathered:
+class _Gathered(Generic[_T]):
     """Many results in little memory, since one worker has those of a whole job: blocks of them, compressed."""
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
-        self._open: list[Listed] = []
+        self._open: list[_T] = []
 
-    def add(self, listed: Listed) -> None:
-        self._open.append(listed)
+    def add(self, one: _T) -> None:
+        self._open.append(one)
         if len(self._open) == _BLOCK:
             self.close()
 
@@ -82,12 +83,12 @@ class _Gathered:
             self._blocks.append(zlib.compress(pickle.dumps(self._open, pickle.HIGHEST_PROTOCOL)))
             self._open = []
 
-    def extend(self, other: _Gathered) -> None:
+    def extend(self, other: _Gathered[_T]) -> None:
         self._blocks += other._blocks
-        for listed in other._open:
-            self.add(listed)
+        for one in other._open:
+            self.add(one)
 
-    def __iter__(self) -> Iterator[Listed]:
+    def __iter__(self) -> Iterator[_T]:
         for block in self._blocks:
             yield from pickle.loads(zlib.decompress(block))  # noqa: S301  # from the job itself
         yield from self._open
@@ -96,24 +97,24 @@ class _Gathered:
 class _GatherFn(beam.CombineFn):
     """Compresses results where they are made, before they are sent to the one worker."""
 
-    def create_accumulator(self) -> _Gathered:
+    def create_accumulator(self) -> _Gathered[Listed]:
         return _Gathered()
 
-    def add_input(self, gathered: _Gathered, listed: Listed) -> _Gathered:
+    def add_input(self, gathered: _Gathered[Listed], listed: Listed) -> _Gathered[Listed]:
         gathered.add(listed)
         return gathered
 
-    def merge_accumulators(self, parts: Iterable[_Gathered]) -> _Gathered:
-        whole = _Gathered()
+    def merge_accumulators(self, parts: Iterable[_Gathered[Listed]]) -> _Gathered[Listed]:
+        whole: _Gathered[Listed] = _Gathered()
         for part in parts:
             whole.extend(part)
         return whole
 
-    def compact(self, gathered: _Gathered) -> _Gathered:
+    def compact(self, gathered: _Gathered[Listed]) -> _Gathered[Listed]:
         gathered.close()
         return gathered
 
-    def extract_output(self, gathered: _Gathered) -> _Gathered:
+    def extract_output(self, gathered: _Gathered[Listed]) -> _Gathered[Listed]:
         return gathered
 
 
@@ -123,10 +124,10 @@ class _WriteDoFn(beam.DoFn):
         self._folder = folder
 
     def process(self, element: tuple[int, Iterable[Listed]]) -> Iterator[Any]:
-        sections: dict[tuple[Any, ...], tuple[Settings, list[WrittenShard]]] = {}
+        sections: dict[tuple[Any, ...], tuple[Settings, _Gathered[WrittenShard]]] = {}
         for _, shard, settings in element[1]:
             of_section = (settings.keys, *sorted(settings.context.items()))
-            sections.setdefault(of_section, (settings, []))[1].append(shard)
+            sections.setdefault(of_section, (settings, _Gathered()))[1].add(shard)
         with Progress():
             for settings, shards in sections.values():
                 add_to_manifest(self._folder, shards, settings.keys, settings.context)

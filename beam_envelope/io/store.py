@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -103,16 +103,25 @@ def same_place(path: str) -> str:
     return os.path.join(os.path.realpath(folder or "."), name)
 
 
+class Places:
+    """`same_place` for many paths: the links of each folder are resolved once."""
+
+    def __init__(self) -> None:
+        """Know no folder yet."""
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: str) -> str:
+        """Return the place of a file."""
+        folder, name = split_path(path)
+        if folder not in self._folders:
+            self._folders[folder] = split_path(same_place(path))[0]
+        return self._folders[folder] + name
+
+
 def same_places(paths: Iterable[str]) -> dict[str, str]:
     """Return `same_place` of each path; the links of each folder are resolved once."""
-    folders: dict[str, str] = {}
-    places: dict[str, str] = {}
-    for path in paths:
-        folder, name = split_path(path)
-        if folder not in folders:
-            folders[folder] = split_path(same_place(path))[0]
-        places[path] = folders[folder] + name
-    return places
+    place_of = Places()
+    return {path: place_of(path) for path in paths}
 
 
 def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
@@ -138,12 +147,15 @@ def expand(pattern: str) -> tuple[str, list[FileMetadata]]:
     return glob, found
 
 
-def existing(paths: Sequence[str], folder: str) -> set[str]:
+def existing(paths: Iterable[str], folder: str) -> set[str]:
     """Return which of some paths below a folder exist, from one listing where that is cheaper. Raises OSError."""
     store = store_of(folder)
-    if isinstance(store, LocalStore) or len(paths) <= _FEW:
+    if isinstance(store, LocalStore):
         return {path for path in paths if store.size(path) is not None}
-    return {metadata.path for metadata in store.match(f"{quote_glob(folder)}**")}.intersection(paths)
+    wanted = set(paths)
+    if len(wanted) <= _FEW:
+        return {path for path in wanted if store.size(path) is not None}
+    return {metadata.path for metadata in store.match(f"{quote_glob(folder)}**") if metadata.path in wanted}
 
 
 def read_small(path: str, limit: int) -> bytes:

@@ -95,7 +95,7 @@ class _PlanDoFn(beam.DoFn):
                 tasks = self._plan.tasks(source, failures)
             if self._compares:  # a job that was stopped may have replaced shards that the manifest still lists
                 listed = listed_ids(self._plan.output)
-                tasks = [task._replace(shard_id=listed.get(same_place(task.target), "")) for task in tasks]
+                tasks = (task._replace(shard_id=listed.get(same_place(task.target), "")) for task in tasks)
             for task in tasks:
                 yield task.target, task
             for path, failure in (failures or {}).items():

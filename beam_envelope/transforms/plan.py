@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias, cast
 
 from apache_beam.io.filesystem import FileMetadata
 
@@ -15,12 +15,12 @@ from beam_envelope.formats.keyfile import is_internal, is_unfinished
 from beam_envelope.formats.shard import refuse_encrypted
 from beam_envelope.io.manifest_reader import ManifestReader, may_be_listed
 from beam_envelope.io.store import (
+    Places,
     existing,
     expand,
     glob_matcher,
     key_file_path,
     quote_glob,
-    same_place,
     split_glob,
     split_path,
 )
@@ -90,8 +90,8 @@ class EncryptPlan:
     part_bytes: int | None = None
     relative_to: str | None = None
 
-    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> list[Task]:
-        """Return the tasks of a file, folder, or glob. There are no `failures`: no manifest lists plain files.
+    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> Iterator[Task]:
+        """Return the checked tasks of a file, folder, or glob. There are no `failures`: no manifest lists plain files.
 
         Raises:
             FileNotFoundError: nothing matches.
@@ -103,9 +103,10 @@ class EncryptPlan:
         del failures
         pattern, found = _found(source)
         base = self.relative_to or split_glob(pattern)[0]
-        key_files = existing([key_file_path(metadata.path) for metadata in found], split_glob(pattern)[0])
+        key_files = existing((key_file_path(metadata.path) for metadata in found), split_glob(pattern)[0])
         is_input = glob_matcher(pattern)
-        tasks: list[Task] = []
+        place_of = Places()
+        sources: list[FileMetadata] = []
         for metadata in found:
             path = metadata.path
             refuse_encrypted(path, has_key_file=key_file_path(path) in key_files)
@@ -113,21 +114,27 @@ class EncryptPlan:
             if named is None:
                 continue
             target = _below(self.output, base, named)
-            if is_input(same_place(target)):
+            if is_input(place_of(target)):
                 msg = (
                     f"{path} would become {target}, which the input pattern {pattern} finds as well: a second run "
                     "would encrypt shards. Choose an output folder outside the pattern"
                 )
                 raise ValueError(msg)
-            tasks += (
-                Task(path, metadata.size_in_bytes, part, start, end)
-                for part, start, end in self._parts(target, metadata.size_in_bytes)
-            )
-        if not tasks:
+            if self.part_bytes is not None and target.lower().endswith(_COMPRESSED_NAMES):
+                msg = f"split_lines cannot split {path}: it has no lines. Leave split_lines out, or unpack it first"
+                raise ValueError(msg)
+            sources.append(metadata)
+        if not sources:
             msg = "only files that belong to no dataset match: their names, or those of folders, begin with _ or a dot"
             raise FileNotFoundError(errno.ENOENT, msg, pattern)
-        _refuse_existing(tasks, self.output, self.if_exists)
-        return tasks
+        _refuse_existing(self._tasks(sources, base), self.output, self.if_exists)
+        return self._tasks(sources, base)
+
+    def _tasks(self, sources: Iterable[FileMetadata], base: str) -> Iterator[Task]:
+        for source in sources:
+            target = _below(self.output, base, cast("str", self.named(source.path, base)))
+            for part, start, end in self._parts(target, source.size_in_bytes):
+                yield Task(source.path, source.size_in_bytes, part, start, end)
 
     def named(self, path: str, base: str) -> str | None:  # plans of other formats use them
         """Return the path whose relative form the output gets, or None to pass a source over. `base` is above both."""
@@ -139,9 +146,6 @@ class EncryptPlan:
             return
         folder, name = split_path(target)
         stem, dot, suffix = name.partition(".")
-        if name.lower().endswith(_COMPRESSED_NAMES):
-            msg = f"split_lines cannot split {name}: it has no lines. Leave split_lines out, or unpack it first"
-            raise ValueError(msg)
         ranges = parts(size, self.part_bytes)
         for index, (start, end) in enumerate(ranges):
             yield f"{folder}{stem}-{index:05}-of-{len(ranges):05}{dot}{suffix}", start, end
@@ -156,8 +160,8 @@ class DecryptPlan:
     relative_to: str | None = None
     manifest: ManifestReader | None = None
 
-    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> list[Task]:
-        """Return a task for each shard of a glob or folder; key files and unfinished files are left out.
+    def tasks(self, source: str | FileMetadata, failures: dict[str, ManifestError] | None = None) -> Iterator[Task]:
+        """Return a checked task for each shard of a glob or folder; key files and unfinished files are left out.
 
         Args:
             source: what the user named.
@@ -183,18 +187,20 @@ class DecryptPlan:
             shard_ids = self.manifest.check(pattern, listed, failures)
         if not shards:
             raise FileNotFoundError(errno.ENOENT, "only key files and unfinished files match, no shard", pattern)
-        tasks: list[Task] = []
+        if failures:
+            shards = [metadata for metadata in shards if metadata.path not in failures]
+        place_of = Places()
         for metadata in shards:
-            if failures and metadata.path in failures:
-                continue
-            target = _below(self.output, base, metadata.path)
-            if same_place(target) == same_place(metadata.path):
+            if place_of(_below(self.output, base, metadata.path)) == place_of(metadata.path):
                 msg = f"{metadata.path} would be decrypted onto itself. Choose another output folder"
                 raise ValueError(msg)
-            size, shard_id = metadata.size_in_bytes, shard_ids.get(metadata.path, "")
-            tasks.append(Task(metadata.path, size, target, 0, size, shard_id))
-        _refuse_existing(tasks, self.output, self.if_exists)
-        return tasks
+        _refuse_existing(self._tasks(shards, base, shard_ids), self.output, self.if_exists)
+        return self._tasks(shards, base, shard_ids)
+
+    def _tasks(self, shards: Iterable[FileMetadata], base: str, shard_ids: Mapping[str, str]) -> Iterator[Task]:
+        for shard in shards:
+            path, size = shard.path, shard.size_in_bytes
+            yield Task(path, size, _below(self.output, base, path), 0, size, shard_ids.get(path, ""))
 
 
 def unique_task(target: str, tasks: Iterable[Task]) -> Task:
@@ -247,9 +253,14 @@ def checked_if_exists(if_exists: str) -> IfExists:
     raise ValueError(msg)
 
 
-def _refuse_existing(tasks: Sequence[Task], output: str, if_exists: IfExists) -> None:
-    if if_exists == "error":
-        found = sorted(existing([task.target for task in tasks], output))
-        if found:
-            more = f" ({len(found)} of {len(tasks)} do)" if len(tasks) > 1 else ""
-            raise FileExistsError(errno.EEXIST, f"the output exists{more}; choose to skip or overwrite it", found[0])
+def _refuse_existing(tasks: Iterable[Task], output: str, if_exists: IfExists) -> None:
+    number = 0
+
+    def targets() -> Iterator[str]:
+        nonlocal number
+        for number, task in enumerate(tasks, 1):  # noqa: B007  # read below
+            yield task.target
+
+    if if_exists == "error" and (found := existing(targets(), output)):
+        more = f" ({len(found)} of {number} do)" if number > 1 else ""
+        raise FileExistsError(errno.EEXIST, f"the output exists{more}; choose to skip or overwrite it", min(found))

@@ -40,6 +40,7 @@ from beam_envelope.keys.provider import DataKey, WrappedKey, kms_calls
 from tests.children import Child
 from tests.formats.test_manifest import written as text
 from tests.io import test_store as other_filesystem
+from tests.memory import peak_of
 from tests.running import listing, write_files
 from tests.wire import s3_error
 
@@ -267,6 +268,33 @@ def test_a_manifest_that_may_not_be_read_is_not_taken_for_none(folder, local_key
         read("sealed", local_key)
     with pytest.raises(PermissionError):
         add_to_manifest("sealed/", written("sealed/b"), (local_key,), CONTEXT)
+
+
+def test_what_was_written_is_gone_through_anew_when_another_job_was_faster(folder, local_key, monkeypatch):
+    swap, tries = module._swap, []
+
+    def slow(*arguments):
+        tries.append(arguments)
+        return len(tries) > 1 and swap(*arguments)
+
+    monkeypatch.setattr(module, "_swap", slow)
+    add_to_manifest("sealed/", iter(written("sealed/a", "sealed/b")), (local_key,), CONTEXT)
+    assert listed() == ["a", "b"]
+
+
+def test_many_shards_take_little_memory(folder, local_key):
+    class Written:
+        """Makes them when they are asked for, as a job that has them compressed."""
+
+        def __iter__(self):
+            for number in range(20_000):
+                yield WrittenShard(f"sealed/part-{number:05}.csv", ManifestEntry(uuid.uuid4().hex, number, 1000))
+
+    add_to_manifest("sealed/", written("sealed/a"), (local_key,), CONTEXT)
+    Path("sealed", NAME).unlink()
+    path, peak = peak_of(lambda: add_to_manifest("sealed/", Written(), (local_key,), CONTEXT))
+    assert peak < 4.5 * Path(path).stat().st_size
+    assert len(listed()) == 20_000
 
 
 def test_the_data_key_is_erased(folder, local_key, monkeypatch):

@@ -196,7 +196,7 @@ def test_a_file_without_lines_is_refused_by_its_name(tmp_path, local_key, name):
     error = fails(EncryptFiles(str(tmp_path / "sealed"), key=local_key, split_lines="1MiB"), str(data))
     assert error == (
         "ValueError",
-        f"split_lines cannot split {name}: it has no lines. Leave split_lines out, or unpack it first",
+        f"split_lines cannot split {data}/{name}: it has no lines. Leave split_lines out, or unpack it first",
     )
     assert listing(tmp_path / "sealed") == []
 

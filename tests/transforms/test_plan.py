@@ -9,7 +9,9 @@ from apache_beam import coders
 from apache_beam.io.filesystem import FileMetadata
 
 from beam_envelope import AlreadyEncryptedError, DecryptedFile, EncryptedFile, FailedFile
+from beam_envelope.transforms import plan as module
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, Task, as_folder, checked_if_exists, unique_task
+from tests.memory import peak_of
 from tests.running import write_files
 
 
@@ -185,6 +187,17 @@ def test_a_name_that_climbs_out_of_the_output_folder_is_refused(monkeypatch, pla
     message = f"{path} would leave the output folder out/, because of the .. in its name. Rename it or leave it out"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         list(plan.tasks("s3://bucket/raw/"))
+
+
+def test_many_files_take_little_memory(tmp_path, monkeypatch):
+    found = [FileMetadata(f"{tmp_path}/data/part-{number:05}.csv", number) for number in range(20_000)]
+    monkeypatch.setattr(module, "expand", lambda pattern: (pattern, found))
+    number, peak = peak_of(lambda: sum(1 for _ in EncryptPlan(f"{tmp_path}/sealed/").tasks(f"{tmp_path}/data/*")))
+    assert number == 20_000
+    assert peak < 100 * number  # beyond what was found
+    number, peak = peak_of(lambda: sum(1 for _ in DecryptPlan(f"{tmp_path}/opened/").tasks(f"{tmp_path}/data/*")))
+    assert number == 20_000
+    assert peak < 100 * number
 
 
 # -------------------------------------------------------------------------------------------------- decrypt
