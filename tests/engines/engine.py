@@ -151,7 +151,7 @@ def _flink_cluster(engine):
 def _spark(engine):
     port = free_port()
     ports = ["--job-host", "localhost", "--job-port", port, "--artifact-port", 0, "--expansion-port", 0]
-    command = ["java", "-Xmx1g", "-XX:TieredStopAtLevel=1", "-jar", build.folder("spark") / "job-server.jar", *ports]
+    command = ["java", "-Xmx1g", "-jar", build.folder("spark") / "job-server.jar", *ports]
     engine.environment = {**worker_environment(), **engine.environment}
     engine.server("spark", *command, "--spark-master-url", "local[2]").wait_for_port(port)
     engine.options = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}"]

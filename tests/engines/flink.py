@@ -14,7 +14,7 @@ OPENS = [
     "java.util.concurrent", "sun.nio.ch",
 ]  # fmt: skip
 JAVA = [  # with the time in logs
-    "java", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "java", "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
     *(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENS),
 ]  # fmt: skip

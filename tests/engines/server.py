@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 TAIL_BYTES = 6_000
+# JVMs live for a minute here, in which no thorough compiler pays off, nor a collector of garbage in threads of its own.
+SHORT_LIVED_JAVA = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
 
 
 def free_port():
@@ -140,7 +142,8 @@ def clean_environment(folder, more=None):
     temporary = Path(folder) / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "BEAM_ENVELOPE_"))}
-    return {**kept, "TMPDIR": str(temporary), "_JAVA_OPTIONS": f"-Djava.io.tmpdir={temporary}", **(more or {})}
+    java = " ".join([f"-Djava.io.tmpdir={temporary}", *SHORT_LIVED_JAVA])
+    return {**kept, "TMPDIR": str(temporary), "_JAVA_OPTIONS": java, **(more or {})}
 
 
 def members(session):
