@@ -183,9 +183,18 @@ class FlinkCluster:
         return int(found[0]["value"]) if found else 0
 
     def wait_for_task_managers(self, number, seconds=60):
-        """Wait until so many TaskManagers are registered and alive."""
+        """Wait until so many TaskManagers are alive, and registered: they and the JobManager know of it.
+
+        A TaskManager tells of its slots when it has got the JobManager's word. If the JobManager is killed before that,
+        the TaskManager goes on asking the dead one for five minutes.
+        """
+
+        def registered():
+            found = self.rest("/overview")
+            return found["taskmanagers"] == found["slots-total"] == number
+
         wait_for(
-            lambda: self.rest("/overview")["taskmanagers"] == number,
+            registered,
             f"{number} TaskManagers",
             seconds=seconds,
             alive=lambda: all(server.is_alive() for server in self.task_managers.values()),
