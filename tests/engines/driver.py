@@ -19,7 +19,6 @@ class Driver:
     def __init__(self, folder, environment):
         self.log = folder / "driver.log"
         environment = clean_environment(folder, environment)
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engines.driver"],

@@ -72,7 +72,6 @@ class Engine:
     def command(self, module, *words, seconds=500):
         """Run a module as a program, with the engine's options after the words; return its status and what it said."""
         environment = clean_environment(self.folder, self.environment)
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-m", module, *map(str, words), *self.options]
         with (self.folder / "commands.log").open("a+") as log:
             start = log.seek(0, os.SEEK_END)

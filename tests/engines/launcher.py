@@ -28,7 +28,6 @@ class Launchers:
     def __init__(self, folder, environment):
         self.folder = Path(folder)
         environment = clean_environment(self.folder, environment)
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         self.log = self.folder / "launchers.log"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -128,7 +128,6 @@ class Bench:
         output = self.place / "output"
         shutil.rmtree(output, ignore_errors=True)
         environment = clean_environment(self.place, self.environment)
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         words = [job, "--data", data, "--output", output, "--shards", shards, *self.options]
         log = self.place / "job.log"
         with log.open("wb") as errors:

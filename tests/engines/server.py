@@ -6,11 +6,13 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import ClassVar
 
 TAIL_BYTES = 6_000
+LEAN = Path(__file__).parent / "lean"
 # JVMs live for a minute here, in which no thorough compiler pays off, nor a collector of garbage in threads of its own.
 SHORT_LIVED_JAVA = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
 
@@ -138,12 +140,17 @@ def stop_all():
 
 
 def clean_environment(folder, more=None):
-    """Return the environment of a child: no settings of the user's, and temporary files below a folder."""
+    """Return the environment of a child: our modules, no settings of the user's, temporary files below a folder."""
     temporary = Path(folder) / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "BEAM_ENVELOPE_"))}
     java = " ".join([f"-Djava.io.tmpdir={temporary}", *SHORT_LIVED_JAVA])
-    return {**kept, "TMPDIR": str(temporary), "_JAVA_OPTIONS": java, **(more or {})}
+    return {**kept, "TMPDIR": str(temporary), "_JAVA_OPTIONS": java, "PYTHONPATH": python_path(), **(more or {})}
+
+
+def python_path(*first):
+    """Return the PYTHONPATH of a child: some folders, and those of this process, with `lean/` before them."""
+    return os.pathsep.join(map(str, [*first, LEAN, *filter(None, sys.path)]))
 
 
 def members(session):

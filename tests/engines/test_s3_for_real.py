@@ -106,7 +106,7 @@ def raced(gateway, environment, tmp_path_factory):
     (gateway.objects / "race").mkdir()
     folder = tmp_path_factory.mktemp("races")
     (folder / "gate").mkdir()
-    variables = {**clean_environment(folder, environment), "PYTHONPATH": os.pathsep.join(sys.path)}
+    variables = clean_environment(folder, environment)
     command = [sys.executable, "-m", "tests.engines.races"]
     processes = [
         subprocess.Popen([*command, me, str(STEPS), folder / "gate"], env=variables, stdout=subprocess.PIPE, text=True)
@@ -245,8 +245,7 @@ def test_a_job_whose_server_is_killed_is_finished_by_skip(restarted, client, env
     data = write_files(tmp_path / "data", contents)
     words = ["encrypt", f"{data}/*", "--output", "s3://sealed/", "--key", KEY, "--context", "dataset=people"]
     command = [sys.executable, "-m", "beam_envelope.cli", *words]
-    variables = {**clean_environment(tmp_path, environment), "PYTHONPATH": os.pathsep.join(sys.path)}
-    variables["AWS_MAX_ATTEMPTS"] = "2"  # nobody starts it again meanwhile
+    variables = clean_environment(tmp_path, {**environment, "AWS_MAX_ATTEMPTS": "2"})  # nobody starts it meanwhile
     objects = restarted.objects / "sealed"
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)

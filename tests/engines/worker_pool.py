@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.engines import build
-from tests.engines.server import Server, clean_environment, descendants, free_port
+from tests.engines.server import LEAN, Server, clean_environment, descendants, free_port, python_path
 
 
 class WorkerPool(Server):
@@ -28,12 +28,12 @@ class WorkerPool(Server):
         self.port = free_port()
         module = "apache_beam.runners.worker.worker_pool_main"
         command = [sys.executable, "-m", module, f"--service_port={self.port}"]
-        paths = list(sys.path)
+        environment = {**worker_environment(), **environment}
         if boot:
             command += ["--container_executable", str(boot_program(folder))]
         else:
-            paths.insert(0, str(_imports(folder)))
-        super().__init__("pool", command, folder, {**worker_environment(paths), **environment})
+            environment["PYTHONPATH"] = python_path(_imports(folder))
+        super().__init__("pool", command, folder, environment)
         self.wait_for_port(self.port)
 
     @property
@@ -59,10 +59,9 @@ def workers_of(server):
     return [pid for pid, words in found.items() if "sdk_worker_main" in words or "SdkHarness" in words]
 
 
-def worker_environment(paths=None):
-    """Return the environment in which the boot program and Beam's pool find this process's Python and modules."""
+def worker_environment():
+    """Return the environment in which the boot program and Beam's pool find this process's Python."""
     return {
-        "PYTHONPATH": os.pathsep.join(path for path in paths or sys.path if path),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # they start `python`
         "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1",  # no virtual environment for each worker
     }
@@ -82,5 +81,6 @@ def _imports(folder):
     """Return a folder whose `sitecustomize` imports our filesystems into each Python that has it on its path."""
     path = folder / "imports"
     path.mkdir(exist_ok=True)
-    (path / "sitecustomize.py").write_text("import beam_envelope.io.filesystem\n")
+    lean = (LEAN / "sitecustomize.py").read_text()  # of two, only the first is imported
+    (path / "sitecustomize.py").write_text(f"{lean}\nimport beam_envelope.io.filesystem\n")
     return path
