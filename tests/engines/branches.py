@@ -119,7 +119,8 @@ def prepare(place):
                 with create_shard(here / "sealed" / Path(path).name, key=KEY, context=CONTEXT) as shard:
                     shard.write(Path(path).read_bytes())
     damaged = Path(place, "verify", "sealed", "3.jsonl")
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    *whole, last = damaged.read_bytes()
+    damaged.write_bytes(bytes([*whole, last ^ 1]))
 
 
 def build(pipeline, step, names, place):
