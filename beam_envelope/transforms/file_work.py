@@ -14,7 +14,7 @@ from beam_envelope.errors import DATA_ERRORS, ManifestError
 from beam_envelope.io.manifest import WrittenShard, listed_ids
 from beam_envelope.io.manifest_write import WithManifest
 from beam_envelope.io.options import Settings
-from beam_envelope.io.store import same_place
+from beam_envelope.io.store import Places
 from beam_envelope.transforms.metrics import Progress
 from beam_envelope.transforms.plan import DecryptPlan, EncryptPlan, FailedFile, Task, unique_task
 from beam_envelope.transforms.runner_limits import check_on_dask
@@ -94,8 +94,8 @@ class _PlanDoFn(beam.DoFn):
             with Progress():
                 tasks = self._plan.tasks(source, failures)
             if self._compares:  # a job that was stopped may have replaced shards that the manifest still lists
-                listed = listed_ids(self._plan.output)
-                tasks = (task._replace(shard_id=listed.get(same_place(task.target), "")) for task in tasks)
+                listed, place_of = listed_ids(self._plan.output), Places()
+                tasks = (task._replace(shard_id=listed.get(place_of(task.target), "")) for task in tasks)
             for task in tasks:
                 yield task.target, task
             for path, failure in (failures or {}).items():
